@@ -199,7 +199,7 @@ def _analyse_heads(rows: Rows, top_k: int) -> dict[int, HeadAnalysis]:
 
 def _prepare(weights: Weights, num_heads: int | None, name: str) -> Rows:
     attention = _as_attention(weights)
-    require_heads(num_heads, attention.weights.shape[1], name)
+    require_heads(num_heads, attention.shape[1], name)
     return prepare_rows(attention)
 
 

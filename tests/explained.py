@@ -7,7 +7,7 @@ from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import AttentionStatistics, DatasetResult
 from lightning_xattn.evaluation.statistics import sample_statistics
-from lightning_xattn.functional import prepare_rows
+from lightning_xattn.functional import prepare_layer
 
 NAN = float("nan")
 NAMES = ("Seizure", "LPD", "GPD")
@@ -85,8 +85,8 @@ def summary(classes, outcomes, n_classes=3, keys=7, both=True, tied=(), broken=(
     there[list(broken)] = torch.nan
     forward = Direction("eeg", "spec")
     pair = [Attention(forward, there), Attention(forward.opposite, back)][: 1 + both]
-    rows = [prepare_rows(attention) for attention in pair]
-    numbers = sample_statistics(*rows)
+    rows = prepare_layer(*pair)
+    numbers = sample_statistics(rows)
     ties = torch.tensor([i in tied for i in range(len(classes))])
     accumulator = LayerAccumulator.empty(rows, tuple(numbers), n_classes)
     return LayerSummary(accumulator.add(rows, numbers, classes, outcomes, ties))

@@ -222,7 +222,7 @@ class ModalityRecorder:
             raise LeftOutError(f"no sample of it has {' or '.join(absent)}, so that another one must show them")
         if self._step is not None:
             self._step = replace(self._step, outputs=outputs)
-        samples = len(attention[0].forward.weights) if attention else None
+        samples = len(attention[0].forward) if attention else None
         self._decide(layers, labels, samples, _find_real_tokens(attention))
         self._is_first = True
 

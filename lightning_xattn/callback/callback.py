@@ -343,9 +343,9 @@ class AttentionExplainabilityCallback(Callback):
                     warn(check_directions(recorder.layers), once=True)
                     described = evaluation.describe(result, recorder)
                     info(f"AttentionExplainabilityCallback: recording {described}.", once=True)
-                for columns in evaluation.add(result, own_samples(len(result))):
-                    if run.table is not None:
-                        run.table.add(columns | {"dataloader": dataloader_idx})
+                for columns in evaluation.add(result, own_samples(len(result)), run.table is not None):
+                    assert run.table is not None
+                    run.table.add(columns | {"dataloader": dataloader_idx})
         recorder.clear()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

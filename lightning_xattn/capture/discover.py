@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from math import prod
 from typing import Any
 
 from torch import nn
@@ -93,7 +92,7 @@ class Survey:
 
     def choose_level(self, run: Run, event: Event) -> RecordLevel:
         """Weights of what may go across, as far as the budget reaches, and masks of the rest that is not larger."""
-        size = 4 * prod(event.shape)
+        size = event.size
         crosses = not event.within and (Tokens.of(run, event.shape).kinds > 1 or event.shape[-2] != event.shape[-1])
         may_cross = not event.within and 4 * size <= self._budget  # as the flow of data may show afterwards
         if (crosses and size <= self._budget) or may_cross:

@@ -87,10 +87,20 @@ class AttentionExtractor:
             If it is not clear in a first run what is meant, or what is read is no attention.
         """
         before = len(self._found)
-        self._take(lambda: self.find_weights(run, output))
+        self._take(lambda: self._keep_block(self.find_weights(run, output)))
         if self.is_alone and len(self._found) > before:
             self._query_masks.append(self._find_query_mask(run, self._found[-1]))
         self._count += len(run.events)
+
+    def _keep_block(self, found: RecordedWeights | None) -> RecordedWeights | None:
+        """Of a joint sequence only the cells between the modalities, as soon as it is known where these are."""
+        joint = self.source.joint
+        if found is None or joint is None or any(map(callable, joint.spans.values())):
+            return found
+        try:
+            return self._block(joint, found, joint.slices(None))
+        except (DiscoveryError, SettingError, ShapeError):  # raised again when the step is over
+            return found
 
     def call_reader(self, model: nn.Module) -> None:
         """Take what the callable gives in this step; the very numbers of an earlier step are none of this one.
@@ -302,14 +312,14 @@ class AttentionExtractor:
         joint = self.source.joint
         assert joint is not None
         try:
-            cut = self._block(joint, whole, joint.slices(batch))
+            cut = whole if whole.length is not None else self._block(joint, whole, joint.slices(batch))
         except (DiscoveryError, SettingError, ShapeError) as error:
             if not self._has_given:
                 raise
-            self.left_out = len(whole.weights)
+            self.left_out = whole.shape[0]
             self.remarks.append(f"{error} Such steps are left out and counted.")
             return None
-        length, self._has_given = whole.weights.shape[2], True
+        length, self._has_given = whole.length or whole.shape[2], True
         self._length = self._length or length
         if joint.last_takes_the_rest and not whole.cropped and length != self._length:
             self.remarks.append(
@@ -321,14 +331,14 @@ class AttentionExtractor:
 
     def _block(self, joint: JointSequence, whole: RecordedWeights, places: Mapping[str, Places]) -> RecordedWeights:
         """The direction within a joint sequence that its spans fit."""
-        name, length, expected = self.source.path, whole.weights.shape[2], joint.expected_length
+        name, length, expected = self.source.path, whole.shape[2], joint.expected_length
         assert self.direction is not None
         if whole.cropped and joint.counts_from_the_end:
             raise DiscoveryError(
                 f"torch has packed the sequence of '{name}' and cut padding off, so that its end is not known: use "
                 "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
             )
-        within = whole.weights.shape[3] - whole.extra_keys == length
+        within = whole.shape[3] - whole.extra_keys == length
         # How much torch has cut off of a packed sequence is not known.
         fits = expected is None or length == expected or (whole.cropped and length < expected)
         if within and not fits and expected is not None:
@@ -338,7 +348,8 @@ class AttentionExtractor:
                 + f" If the tokens in no span belong to no modality, say so: JointSequence(..., length={length})."
                 * (length > expected and not self._has_given)
             )
-        return cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
+        cut = cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
+        return replace(cut, length=length, cropped=whole.cropped)
 
     def _axes_for(self, what: Path | str, shape: tuple[int, ...], run: Run, event: Event | None) -> Axes:
         """How the rows of an attention are split into samples and heads, as a first run has shown."""
@@ -378,11 +389,11 @@ class AttentionExtractor:
             made_of = None
         if made_of is None:
             return None
-        shape, heads = recorded.weights.shape, made_of.weights.shape[1]
-        if shape[1] == 1 < heads and made_of.weights.shape == (shape[0], heads, *shape[2:]):
+        shape, heads = recorded.shape, made_of.shape[1]
+        if shape[1] == 1 < heads and made_of.shape == (shape[0], heads, *shape[2:]):
             visible = None if made_of.visible is None else made_of.visible.any(1, keepdim=True)
-            return replace(made_of, weights=made_of.weights.mean(1, keepdim=True), visible=visible)
-        return made_of if made_of.weights.shape == shape else None
+            return replace(made_of, source=made_of.weights.mean(1, keepdim=True), visible=visible)
+        return made_of if made_of.shape == shape else None
 
     def _find_query_mask(self, run: Run, recorded: RecordedWeights) -> Tensor | None:
         """A mask among a module's arguments that can only be that of the queries, as there are not as many keys.
@@ -390,7 +401,7 @@ class AttentionExtractor:
         Named ``...padding_mask`` it is True for padding, as in torch; an ``attention_mask`` of whole numbers is 1 for a
         real token, as in Hugging Face's models. What other masks mean is not known.
         """
-        batch, _, queries, keys = recorded.weights.shape
+        batch, _, queries, keys = recorded.shape
         for path, tensor in run.call.tensors() if queries != keys or self._mask_name else ():
             name = name_argument(run.module, path)
             fits = tuple(tensor.shape) == (batch, queries) and is_plain(tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.core.attention import Direction, row_sum_tolerance
 from lightning_xattn.core.errors import SettingError, ShapeError, check_whole_number
+from lightning_xattn.core.scores import Scores, Tokens, pick
 
 Span = tuple[int, int | None]
 """``(start, stop)`` as in a slice: below 0 from the end, a stop of None is the end."""
@@ -199,12 +200,10 @@ def cut_direction(joint: RecordedWeights, queries: Places, keys: Places, name: s
     ShapeError
         If the attention is no self-attention, has fewer tokens than the places, or the places overlap in it.
     """
-    length, n_keys = joint.weights.shape[2:]
+    length, n_keys = joint.shape[2:]
     for mask in (queries, keys):
         if isinstance(mask, Tensor) and joint.cropped:
             joint = joint.padded_to(mask.shape[1])
-    every: tuple[Any, ...]
-    own: tuple[Any, ...]
     spans = [(one.start, one.stop) for one in (queries, keys) if isinstance(one, slice)]
     reach = max(map(_find_reach, spans), default=1)
     if length != n_keys - joint.extra_keys or (length < reach and not joint.cropped):
@@ -215,49 +214,63 @@ def cut_direction(joint: RecordedWeights, queries: Places, keys: Places, name: s
     if isinstance(queries, slice) and isinstance(keys, slice):
         queries, keys, tokens = _place_both(joint, queries, keys, name)
         joint = joint.padded_to(tokens) if joint.cropped else joint
-        every, own = (slice(None), slice(None), queries), (..., keys)
+        rows: Tokens = queries
+        columns: Tokens = keys
         real_queries = real_keys = None
     else:
         rows, real_queries = _find_tokens(queries, joint, name)
         columns, real_keys = _find_tokens(keys, joint, name)
         if bool((_as_mask(queries, joint) & _as_mask(keys, joint)).any()):
             raise ShapeError(f"The modalities of a JointSequence must not share tokens; two of '{name}' do.")
-        batch, heads = (torch.arange(n, device=rows.device).view(shape) for n, shape in _axes(joint.weights))
-        every = (batch, heads, rows[:, None, :, None], torch.arange(joint.weights.shape[3], device=rows.device))
-        own = (batch, heads, torch.arange(rows.shape[1], device=rows.device)[:, None], columns[:, None, None])
-    dtype = joint.weights.dtype
-    weights = joint.weights[every].to(torch.promote_types(dtype, torch.float32))
-    block = weights[own]
+    key_mask = joint.padding_of_its_own
+    of_queries = real_queries
+    if key_mask is not None:
+        tokens_of = [_take_tokens(key_mask, one, joint) for one in (queries, keys)]
+        of_queries, key_mask = tokens_of[0] if real_queries is None else real_queries & tokens_of[0], tokens_of[1]
+    if real_keys is not None:
+        key_mask = real_keys if key_mask is None else real_keys & key_mask
+    visible = None if joint.visible is None else pick(pick(_whole_axis(joint), rows, 2), columns, 3)
+    if isinstance(joint.source, Scores):
+        masks = [None if joint.key_mask is None else joint.key_mask[:, None, None]]
+        masks += [] if joint.visible is None else [pick(joint.visible, rows, 2)]
+        block_scores = replace(
+            joint.source.take(rows, columns), whole_masks=tuple(mask for mask in masks if mask is not None)
+        )
+        return RecordedWeights(block_scores, key_mask, visible, is_packed=real_keys is not None, length=length)
+    dtype = joint.source.dtype
+    weights = pick(joint.source, rows, 2).to(torch.promote_types(dtype, torch.float32))
+    block = pick(weights, columns, 3)
     if real_keys is not None:
         block = block * real_keys[:, None, None]
     cross_modal_mass = block.sum(-1)
     # Below this a sum is made of numbers with no precision left.
-    crosses = cross_modal_mass > joint.weights.shape[3] * torch.finfo(dtype).smallest_normal
-    key_mask, sound = joint.padding_of_its_own, (weights.sum(-1) - 1).abs() <= row_sum_tolerance(dtype)
-    if key_mask is not None:
-        of_queries, key_mask = (_take_tokens(key_mask, one, joint) for one in (queries, keys))
+    crosses = cross_modal_mass > n_keys * torch.finfo(dtype).smallest_normal
+    sound = (weights.sum(-1) - 1).abs() <= row_sum_tolerance(dtype)
+    if of_queries is not None:
         sound = sound & of_queries[:, None]
-    if real_queries is not None and real_keys is not None:
-        sound = sound & real_queries[:, None]
-        key_mask = real_keys if key_mask is None else real_keys & key_mask
     if key_mask is not None:  # a sample without the other modality has no share of attention on it
         sound = sound & key_mask.any(1)[:, None, None]
-    visible = crosses[..., None].expand(block.shape)
-    if joint.visible is not None:
-        visible = visible & joint.visible.expand(joint.weights.shape)[every][own]
+    crosses_somewhere = crosses[..., None].expand(block.shape)
     return RecordedWeights(
         block / torch.where(crosses, cross_modal_mass, 1)[..., None],
         key_mask,
-        visible,
+        crosses_somewhere if visible is None else crosses_somewhere & visible,
         cross_modal_mass=torch.where(sound, cross_modal_mass, torch.nan),
         is_packed=real_keys is not None,
+        length=length,
     )
+
+
+def _whole_axis(joint: RecordedWeights) -> Tensor:
+    """What a mask of all keys shows, with an axis for all keys."""
+    assert joint.visible is not None
+    return joint.visible.expand(*joint.visible.shape[:-1], joint.shape[3])
 
 
 def _place_both(joint: RecordedWeights, queries: slice, keys: slice, name: str) -> tuple[slice, slice, int]:
     """Two spans, counted from the start of a sequence, and the number of tokens that they reach over."""
     spans = {"queries": (queries.start, queries.stop), "keys": (keys.start, keys.stop)}
-    tokens = max(joint.weights.shape[2], *map(_find_reach, spans.values()))
+    tokens = max(joint.shape[2], *map(_find_reach, spans.values()))
     try:
         places = _place_spans(spans, tokens)
     except SettingError as error:
@@ -268,8 +281,8 @@ def _place_both(joint: RecordedWeights, queries: slice, keys: slice, name: str) 
 def _as_mask(tokens: Places, joint: RecordedWeights) -> Tensor:
     """Which tokens of each sample ``(batch, tokens)`` are at these places."""
     if isinstance(tokens, Tensor):
-        return tokens.to(joint.weights.device)
-    mask = torch.zeros(joint.weights.shape[::2], dtype=torch.bool, device=joint.weights.device)
+        return tokens.to(joint.device)
+    mask = torch.zeros(joint.shape[::2], dtype=torch.bool, device=joint.device)
     mask[:, tokens] = True
     return mask
 
@@ -277,9 +290,9 @@ def _as_mask(tokens: Places, joint: RecordedWeights) -> Tensor:
 def _find_tokens(tokens: Places, joint: RecordedWeights, name: str) -> tuple[Tensor, Tensor]:
     """The places ``(batch, tokens)`` of each sample's tokens, and which of them are real."""
     mask = _as_mask(tokens, joint)
-    if mask.shape != joint.weights.shape[::2]:
+    if mask.shape != joint.shape[::2]:
         raise ShapeError(
-            f"Expected a mask (batch, tokens) {tuple(joint.weights.shape[::2])} of the sequence of '{name}' from the "
+            f"Expected a mask (batch, tokens) {tuple(joint.shape[::2])} of the sequence of '{name}' from the "
             f"callable of a JointSequence; got {tuple(mask.shape)}."
         )
     counts = mask.sum(1)
@@ -291,7 +304,3 @@ def _find_tokens(tokens: Places, joint: RecordedWeights, name: str) -> tuple[Ten
 def _take_tokens(values: Tensor, tokens: Places, joint: RecordedWeights) -> Tensor:
     """Of ``(batch, tokens)`` those at these places."""
     return values[:, tokens] if isinstance(tokens, slice) else values.gather(1, _find_tokens(tokens, joint, "")[0])
-
-
-def _axes(weights: Tensor) -> list[tuple[int, tuple[int, ...]]]:
-    return [(len(weights), (-1, 1, 1, 1)), (weights.shape[1], (1, -1, 1, 1))]

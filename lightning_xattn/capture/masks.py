@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_xattn.core.scores import Scores
+
 MASKED = -1e3
 """A float mask at or below this hides the key: ``exp`` of it, even beside a bias, is 0 in every floating dtype."""
 
@@ -25,8 +27,8 @@ _MASK = -1e4
 class RecordedWeights:
     """The weights of one attention and the masks that were in force; see ``Attention`` for what has no words here."""
 
-    weights: Tensor
-    """``(batch, heads, queries, keys)``, detached, before dropout."""
+    source: Tensor | Scores
+    """Weights ``(batch, heads, queries, keys)``, detached, before dropout, or the scores that they come from."""
     key_mask: Tensor | None = None
     visible: Tensor | None = None
     extra_keys: int = 0
@@ -39,6 +41,28 @@ class RecordedWeights:
     """Whether the weights came without an axis for heads."""
     is_packed: bool = False
     """Whether the keys of each sample stand before its padding, wherever they are in its sequence."""
+    length: int | None = None
+    """How many tokens the joint sequence has that this is a block of; None: it is no block."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(batch, heads, queries, keys)``, or ``(rows, queries, keys)`` where heads are not yet apart."""
+        return self.source.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.source.device
+
+    @property
+    def weights(self) -> Tensor:
+        """All weights, computed from scores where these are known."""
+        if isinstance(self.source, Tensor):
+            return self.source
+        mask, visible = self.key_mask, self.visible
+        if mask is not None:
+            visible = mask[:, None, None] if visible is None else visible & mask[:, None, None]
+        return self.source.weights(visible)
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -54,7 +78,7 @@ class RecordedWeights:
         """
         if self.visible is None or self.visible.shape[-2] == 1:
             return self.token_mask
-        batch, _, tokens, keys = self.weights.shape
+        batch, _, tokens, keys = self.shape
         visible = self.visible.expand(batch, -1, tokens, keys)[..., : keys - self.extra_keys]
         itself = visible.diagonal(dim1=-2, dim2=-1).any(1)
         real = visible.any(dim=1).any(dim=1) | ~itself.any(1, keepdim=True)
@@ -62,14 +86,20 @@ class RecordedWeights:
 
     def padded_to(self, tokens: int) -> RecordedWeights:
         """The same self-attention over this number of tokens: those that were cut off are added as padding."""
-        missing = tokens - self.weights.shape[-1]
+        missing = tokens - self.shape[-1]
         if missing <= 0:
             return self
-        batch, _, _, keys = self.weights.shape
-        known = self.weights.new_ones(batch, keys, dtype=torch.bool) if self.key_mask is None else self.key_mask
-        visible = None if self.visible is None else F.pad(self.visible.expand(self.weights.shape), (0, missing) * 2)
-        weights = F.pad(self.weights, (0, missing, 0, missing))
-        return replace(self, weights=weights, key_mask=F.pad(known, (0, missing)), visible=visible)
+        batch, _, _, keys = self.shape
+        known = (
+            torch.ones(batch, keys, dtype=torch.bool, device=self.device) if self.key_mask is None else self.key_mask
+        )
+        visible = None if self.visible is None else F.pad(self.visible.expand(self.shape), (0, missing) * 2)
+        source: Tensor | Scores
+        if isinstance(self.source, Scores) and not self.source.biases and self.source.query_places is None:
+            source = self.source.unfolded(lambda one: F.pad(one, (0, 0, 0, missing)))
+        else:
+            source = F.pad(self.weights, (0, missing, 0, missing))
+        return replace(self, source=source, key_mask=F.pad(known, (0, missing)), visible=visible)
 
 
 def intersect_masks(mask: Tensor, other: Tensor | None) -> Tensor:
@@ -85,7 +115,7 @@ def separate_padding(recorded: RecordedWeights) -> RecordedWeights:
     """
     if recorded.visible is None or recorded.key_mask is not None:
         return recorded
-    batch, _, _, keys = recorded.weights.shape
+    batch, _, _, keys = recorded.shape
     visible = recorded.visible.expand(-1, -1, -1, keys)
     seen = visible.any(dim=1, keepdim=True).any(dim=2, keepdim=True)
     only_padding_hides = ((visible == seen) | ~visible.any(dim=3, keepdim=True)).all(dim=3).all(dim=2).all(dim=1)
@@ -108,7 +138,7 @@ class Axes:
 
         Those of ``F.multi_head_attention_forward`` are apart already.
         """
-        if recorded.weights.dim() == 4:
+        if len(recorded.shape) == 4:
             return separate_padding(recorded)
 
         def unfold(tensor: Tensor) -> Tensor:
@@ -118,7 +148,9 @@ class Axes:
             return split.transpose(0, 1) if self.heads_first else split
 
         visible = None if recorded.visible is None else unfold(recorded.visible)
-        unfolded = replace(recorded, weights=unfold(recorded.weights), visible=visible, one_head=self.heads is None)
+        source = recorded.source
+        source = unfold(source) if isinstance(source, Tensor) else source.unfolded(unfold)
+        unfolded = replace(recorded, source=source, visible=visible, one_head=self.heads is None)
         return separate_padding(unfolded)
 
 
@@ -151,10 +183,3 @@ def is_visible(mask: Tensor) -> Tensor:
     NaN shows it, so that its row is broken, and not hidden.
     """
     return ~mask if mask.dtype == torch.bool else ~(mask <= MASKED)
-
-
-def to_additive_mask(mask: Tensor) -> Tensor:
-    """The same mask, to be added to the scores."""
-    if mask.dtype != torch.bool:
-        return mask.float()
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from itertools import zip_longest
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,6 @@ from lightning_xattn.capture.masks import (
     find_visible_keys,
     is_visible,
     separate_padding,
-    to_additive_mask,
 )
 from lightning_xattn.capture.tensors import (
     Address,
@@ -37,6 +37,10 @@ from lightning_xattn.capture.tensors import (
     to_plain_tensor,
     unreadable_kind,
 )
+from lightning_xattn.core.scores import Scores
+
+LARGE = 2**22
+"""More weights than these are not kept but computed again, where that is possible."""
 
 
 class RecordLevel(Enum):
@@ -76,6 +80,11 @@ class Event:
     """The attention whose output reaches what asks, if that is followed."""
     used: Tensor | None = None
     """What the module multiplied its values with, if that is not what the softmax gave."""
+    size: int = 0
+    """How many bytes it takes to record it; 0: as many as its weights have."""
+
+    def __post_init__(self) -> None:
+        self.size = self.size or 4 * prod(self.shape)
 
     @cached_property
     def within(self) -> bool:
@@ -178,28 +187,34 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, mode: Read
         f"its {name} is {describe_kind(one)}" for name, one in masks.items() if one is not None and not is_plain(one)
     ]
     problem = next(iter(unknown), None) or _find_problem(query=query, key=key)
-    event = Event("multi_head_attention_forward", shape, query.device, (query, key), extra, problem)
+    size = 4 * shape[0] * (shape[2] + keys) * query.shape[-1]
+    event = Event("multi_head_attention_forward", shape, query.device, (query, key), extra, problem, size=size)
     edit = mode.begin(event, query)
     if edit is not None:
         call |= _edit_multihead(call, edit)
     dropped = call["training"] and call["dropout_p"] > 0
     wanted = event.level is RecordLevel.WEIGHTS
-    takes_average = wanted and call["need_weights"] and call["average_attn_weights"] and not dropped
+    is_large = prod(shape) > LARGE
+    takes_average = wanted and call["need_weights"] and call["average_attn_weights"] and not dropped and not is_large
     if takes_average:
         call["average_attn_weights"] = False
     as_called = edit is None and not takes_average
     output, weights = function(*args, **kwargs) if as_called else function(**call)
 
     def read() -> RecordedWeights:
+        found: Tensor | Scores
+        parts = [one for name, one in call.items() if name in _PROJECTED and isinstance(one, Tensor)]
+        is_missing = dropped or weights is None or weights.dim() == query.dim()  # an average
         if not wanted:
             found = _no_values(event)
-        elif dropped or weights is None or weights.dim() == query.dim():  # an average
-            parts = [one for name, one in call.items() if name in _PROJECTED and isinstance(one, Tensor)]
-            found = _compute_weights(call) if all(map(is_plain, parts)) else _ask_for_weights(function, call)
+        elif (is_missing or is_large) and all(map(is_plain, parts)):
+            found = _project_tokens(call)
+        elif is_missing:
+            found = _ask_for_weights(function, call)
         else:
-            found = weights.detach() if batched else weights.detach()[None]
+            given = weights.detach() if batched else weights.detach()[None]
             # The caller may change in place what it gets; the average that it asked for is a tensor of its own.
-            found = found if takes_average else found.clone()
+            found = given if takes_average else given.clone()
         return _with_masks(found, call, extra)
 
     mode.record(event, lambda: _ask_function(event, read), None if takes_average else weights)
@@ -211,7 +226,7 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, mode: Read
 def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderContext) -> Any:
     """The fast paths of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``.
 
-    They are self-attention whose weights are computed once more.
+    They are self-attention whose scores are computed once more.
     """
     call = _arguments(function, args, kwargs)
     tokens, mask = next(iter(call.values())), call["mask"]
@@ -219,7 +234,9 @@ def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderC
     result = function(*args, **kwargs)
     nested = tokens.is_nested
     batch, length = (tokens.size(0), max(map(len, tokens.unbind()))) if nested else tokens.shape[:2]
-    event = Event("a fast path of torch", (batch, heads, length, length), tokens.device, (tokens, tokens))
+    size = 8 * batch * length * tokens.size(2)
+    shape = (batch, heads, length, length)
+    event = Event("a fast path of torch", shape, tokens.device, (tokens, tokens), size=size)
     mode.begin(event, tokens)
 
     def read() -> RecordedWeights:
@@ -239,8 +256,8 @@ def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderC
         projection = {"in_proj_weight": call["qkv_weight"], "in_proj_bias": call["qkv_bias"], "num_heads": heads}
         masks = {"key_padding_mask": padding, "attn_mask": attention_mask}
         wanted = event.level is RecordLevel.WEIGHTS
-        weights = _compute_weights({"query": asks, "key": asks, **projection, **masks}) if wanted else _no_values(event)
-        recorded = _with_masks(weights, masks, cropped=nested)
+        source = _project_tokens({"query": asks, "key": asks, **projection, **masks}) if wanted else _no_values(event)
+        recorded = _with_masks(source, masks, cropped=nested)
         return recorded if padding is not None else separate_padding(recorded)
 
     mode.record(event, read)
@@ -261,8 +278,8 @@ def _ask_for_weights(function: Any, call: Call) -> Tensor:
     return weights if weights.dim() == 4 else weights[None]
 
 
-def _compute_weights(call: Call) -> Tensor:
-    """``softmax(Q K^T / sqrt(d) + masks)`` ``(batch, heads, queries, keys)`` of tokens that are not projected yet.
+def _project_tokens(call: Call) -> Scores:
+    """``Q K^T / sqrt(d) + masks`` ``(batch, heads, queries, keys)`` of tokens that are not projected yet.
 
     In float32 whatever the model's precision: a product of unscaled half-precision numbers can overflow where the
     fused kernel, which scales first, does not.
@@ -286,14 +303,14 @@ def _compute_weights(call: Call) -> Tensor:
         key, extra = torch.cat([key, learned.expand(len(key), -1, -1, -1)], dim=2), 1
     if call.get("add_zero_attn"):
         key, extra = F.pad(key, (0, 0, 0, 1)), extra + 1
-    scores = (query * query.shape[-1] ** -0.5) @ key.mT
     padding, attention_mask = call["key_padding_mask"], call["attn_mask"]
-    if padding is not None:
-        scores = scores + F.pad(to_additive_mask(padding.reshape(len(key), 1, 1, -1)), (0, extra))
-    if attention_mask is not None:
-        scores = scores + F.pad(to_additive_mask(_per_head(attention_mask, heads)), (0, extra))
-    weights: Tensor = scores.softmax(-1)
-    return weights
+    biases = [
+        None if padding is None else padding.reshape(len(key), 1, 1, -1),
+        None if attention_mask is None else _per_head(attention_mask, heads),
+    ]
+    # What a mask of booleans hides, or one of numbers hides altogether, is no bias: ``_with_masks`` has it.
+    added = (F.pad(one.float(), (0, extra)) for one in biases if one is not None and one.dtype != torch.bool)
+    return Scores(query * query.shape[-1] ** -0.5, key, tuple(one.clone() for one in added))
 
 
 def _split_projection(call: Call) -> list[Any]:
@@ -302,14 +319,14 @@ def _split_projection(call: Call) -> list[Any]:
     return list(call["in_proj_weight"].chunk(3))
 
 
-def _with_masks(weights: Tensor, call: Call, extra: int = 0, cropped: bool = False) -> RecordedWeights:
+def _with_masks(source: Tensor | Scores, call: Call, extra: int = 0, cropped: bool = False) -> RecordedWeights:
     padding, attention_mask = call["key_padding_mask"], call["attn_mask"]
     key_mask = visible = None
     if padding is not None:
-        key_mask = F.pad(is_visible(padding.reshape(len(weights), -1)), (0, extra), value=True)
+        key_mask = F.pad(is_visible(padding.reshape(source.shape[0], -1)), (0, extra), value=True)
     if attention_mask is not None:
-        visible = F.pad(is_visible(_per_head(attention_mask, weights.shape[1])), (0, extra), value=True)
-    return RecordedWeights(weights, key_mask, visible, extra, cropped=cropped)
+        visible = F.pad(is_visible(_per_head(attention_mask, source.shape[1])), (0, extra), value=True)
+    return RecordedWeights(source, key_mask, visible, extra, cropped=cropped)
 
 
 def _no_values(event: Event) -> Tensor:
@@ -357,14 +374,16 @@ def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderC
     if problem is None and len(shape) not in (3, 4):
         problem = "it has other axes than (batch, heads, queries, keys)"
     by = "flex_attention" if is_flex else "scaled_dot_product_attention"
-    event = Event(by, shape, query.device, problem=problem, over_keys=len(shape) in (3, 4))
+    is_known = not is_flex and all(is_plain(one) for one in (query, key, mask) if one is not None)
+    size = 4 * prod(shape[:-2]) * sum(shape[-2:]) * query.shape[-1] if is_known and problem is None else 0
+    event = Event(by, shape, query.device, problem=problem, over_keys=len(shape) in (3, 4), size=size)
     edit = mode.begin(event, query)
     call |= {} if edit is None else _edit_kernel(call, edit, event)
     result = function(*args, **kwargs) if edit is None else function(**call)
 
     def read() -> RecordedWeights | None:
-        if not is_flex and all(is_plain(one) for one in (query, key, mask) if one is not None):
-            return _compute_kernel_weights(event, call)
+        if is_known:
+            return _read_kernel_scores(event, call)
         return _ask_function(event, lambda: _weigh_identity(event, function, call, is_flex))
 
     mode.record(event, read)
@@ -424,14 +443,9 @@ def _over_heads(weights: Tensor, axes: int) -> Tensor:
     return weights if axes == 3 else weights[:, None]
 
 
-def _causal(event: Event) -> Tensor:
-    return torch.ones(event.shape[-2:], dtype=torch.bool, device=event.device).tril()
-
-
-def _compute_kernel_weights(event: Event, call: Call) -> RecordedWeights:
-    """``softmax(Q K^T scale + mask)`` in float32, as the kernel's documentation defines it."""
-    mask, scale = call["attn_mask"], call["scale"]
-    visible = _causal(event) if call["is_causal"] else None
+def _read_kernel_scores(event: Event, call: Call) -> RecordedWeights:
+    """``Q K^T scale + mask`` in float32, as the kernel's documentation defines it."""
+    mask, scale, visible = call["attn_mask"], call["scale"], None
     if mask is not None:
         # Copied, as the model may change its mask in place.
         visible = mask.clone() if mask.dtype == torch.bool else ~(mask <= MASKED)
@@ -439,15 +453,20 @@ def _compute_kernel_weights(event: Event, call: Call) -> RecordedWeights:
         visible = visible[(None,) * (len(event.shape) - visible.dim())]
     if event.level is not RecordLevel.WEIGHTS:
         return RecordedWeights(_no_values(event), visible=visible)
-    query, key = call["query"].float(), call["key"].float()
+    # Copied, as the model may change in place what it gave the kernel.
+    query, key = call["query"].float(), call["key"].float().clone()
+    biases: tuple[Tensor, ...] = ()
     if call["enable_gqa"]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    query, key = (one.expand(*event.shape[:-2], *one.shape[-2:]) for one in (query, key))
     if mask is not None and mask.dtype != torch.bool:
-        scores = scores + mask.float()
-    elif visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    return RecordedWeights(scores.softmax(-1), visible=visible)
+        biases = (mask[(None,) * (len(event.shape) - mask.dim())].float().clone(),)
+    scores = Scores(query, key, biases)
+    if call["is_causal"]:
+        places = [torch.arange(tokens, device=event.device)[None] for tokens in event.shape[-2:]]
+        scores = replace(scores, query_places=places[0], key_places=places[1])
+    return RecordedWeights(scores, visible=visible)
 
 
 def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderContext) -> Any:

@@ -221,6 +221,11 @@ class AttentionRecorder:
             extractor.extract(run, output)
         if self._survey is not None:
             self._survey.note_run(run, output)
+        elif not any(
+            outer.module in of for outer in [*run.outwards()][1:] for of in (self._of_module, self._suppliers)
+        ):
+            for event in run.events:  # nobody else reads them
+                event.recorded = None
 
     @property
     def saw_attention(self) -> bool:
@@ -394,11 +399,11 @@ class AttentionRecorder:
         attentions = [
             Attention(
                 direction,
-                call.weights,
+                call.source,
                 key_mask=call.key_mask,
                 visible=call.visible,
                 # Directions that do not fit each other at all are refused as a pair, with both shapes.
-                query_mask=mask if mask is not None and mask.shape == call.weights[:, 0, :, 0].shape else None,
+                query_mask=mask if mask is not None and mask.shape == call.shape[::2] else None,
                 extra_keys=call.extra_keys,
                 cross_modal_mass=call.cross_modal_mass,
                 is_packed=call.is_packed,
@@ -415,6 +420,6 @@ class AttentionRecorder:
         mask = None if within is None else within.padding_of_its_own
         if mask is None or within is None:
             return extractor.query_mask
-        missing = recorded.weights.shape[2] - mask.shape[1]
+        missing = recorded.shape[2] - mask.shape[1]
         # torch packs sequences, and cuts off what is padding in all of them.
         return F.pad(mask, (0, missing)) if missing > 0 and within.cropped else mask

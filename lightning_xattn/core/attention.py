@@ -5,8 +5,9 @@ One axis order everywhere: ``(batch, heads, queries, keys)``. A *direction* is n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.core.names import shown
+from lightning_xattn.core.scores import Scores
 
 
 def row_sum_tolerance(dtype: torch.dtype) -> float:
@@ -79,8 +81,9 @@ class Attention:
     ----------
     direction
         Who asks whom.
-    weights
-        ``(batch, heads, queries, keys)``, rows sum to 1, any floating dtype, before dropout.
+    source
+        Weights ``(batch, heads, queries, keys)``, rows sum to 1, any floating dtype, before dropout; or the scores that
+        they are computed from.
     key_mask
         ``(batch, keys)`` bool, True where the key is a real token (key padding); None: all are.
     visible
@@ -110,7 +113,7 @@ class Attention:
     """
 
     direction: Direction
-    weights: Tensor
+    source: Tensor | Scores
     key_mask: Tensor | None = None
     visible: Tensor | None = None
     query_mask: Tensor | None = None
@@ -119,12 +122,11 @@ class Attention:
     is_packed: bool = False
 
     def __post_init__(self) -> None:
-        if self.weights.dim() != 4:
+        if len(self.shape) != 4:
             raise ShapeError(
-                f"Attention of {self.direction} must be (batch, heads, queries, keys); "
-                f"got shape {tuple(self.weights.shape)}."
+                f"Attention of {self.direction} must be (batch, heads, queries, keys); got shape {tuple(self.shape)}."
             )
-        batch, heads, queries, keys = self.weights.shape
+        batch, heads, queries, keys = self.shape
         for name, mask, expected in (
             ("key_mask", self.key_mask, (batch, keys)),
             ("query_mask", self.query_mask, (batch, queries)),
@@ -133,32 +135,76 @@ class Attention:
             if mask is not None and tuple(mask.shape) != expected:
                 raise ShapeError(
                     f"{name} of {self.direction} must have shape {expected} to go with weights of shape "
-                    f"{tuple(self.weights.shape)}; got {tuple(mask.shape)}."
+                    f"{tuple(self.shape)}; got {tuple(mask.shape)}."
                 )
 
     def __repr__(self) -> str:
-        samples, heads, queries, keys = self.weights.shape
+        samples, heads, queries, keys = self.shape
         masks = [name for name in ("key_mask", "visible", "query_mask") if getattr(self, name) is not None]
         masked = f"; {', '.join(masks)}" if masks else ""
         return f"Attention({self.direction}: {samples} samples, {heads} heads, {queries} queries, {keys} keys{masked})"
 
     def __getitem__(self, samples: slice) -> Attention:
         """The attention of some of the samples."""
-        picked: dict[str, Any] = {
-            # An attention mask may be one for all samples.
-            name: tensor if len(tensor) == 1 < len(self.weights) else tensor[samples]
-            for name, tensor in self._tensors.items()
-        }
-        return replace(self, **picked)
+        # What is one for all samples, such as an attention mask, stays.
+        return self._map_tensors(lambda one: one if len(one) == 1 < len(self) else one[samples])
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def cpu(self) -> Attention:
         """The same, detached and on the CPU."""
-        moved: dict[str, Any] = {name: tensor.detach().cpu() for name, tensor in self._tensors.items()}
-        return replace(self, **moved)
+        return self._map_tensors(lambda one: one.detach().cpu())
+
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Attention:
+        changed: dict[str, Any] = {
+            field.name: value.map_tensors(change) if isinstance(value, Scores) else change(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), (Tensor, Scores))
+        }
+        return replace(self, **changed)
 
     @property
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def shape(self) -> torch.Size:
+        """``(batch, heads, queries, keys)``."""
+        return self.source.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.source.device
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is a block of a joint self-attention, so that some of a query's attention goes elsewhere."""
+        return self.cross_modal_mass is not None or (isinstance(self.source, Scores) and self.source.whole is not None)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """``(batch, heads, queries, keys)``, rows sum to 1. Computed from scores it takes much memory, and is kept."""
+        if isinstance(self.source, Tensor):
+            return self.source
+        return self.source.weights(self.visible_to())
+
+    def visible_to(self, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor | None:
+        """Which keys these queries can see, whatever mask hides some.
+
+        Returns
+        -------
+        Tensor or None
+            Bool, broadcastable to the weights, with as many keys as are asked for; None: no mask hides any.
+        """
+        visible = self.visible
+        if visible is not None:
+            visible = visible[(None,) * (4 - visible.dim())]
+            visible = visible.expand(*visible.shape[:-1], self.shape[3])[..., keys]
+            visible = visible if visible.shape[2] == 1 else visible[:, :, queries]
+        masks = [None if self.key_mask is None else self.key_mask[:, None, None, keys]]
+        masks += [self.source.visible(queries, keys)] if isinstance(self.source, Scores) else []
+        for mask in masks:
+            if mask is not None:
+                visible = mask if visible is None else visible & mask
+        return visible
 
     @classmethod
     def of_weights(cls, direction: Direction, weights: Tensor) -> Attention:
@@ -169,11 +215,9 @@ class Attention:
     @property
     def marked_weights(self) -> Tensor:
         """The weights, with NaN where a mask hides the key or the query is padding."""
-        weights = self.weights
-        if self.key_mask is not None:
-            weights = weights.masked_fill(~self.key_mask[:, None, None, :], torch.nan)
-        if self.visible is not None:
-            weights = weights.masked_fill(~self.visible, torch.nan)
+        weights, visible = self.weights, self.visible_to()
+        if visible is not None:
+            weights = weights.masked_fill(~visible, torch.nan)
         if self.query_mask is not None:
             weights = weights.masked_fill(~self.query_mask[:, None, :, None], torch.nan)
         return weights
@@ -181,12 +225,12 @@ class Attention:
     @property
     def tokens(self) -> int:
         """Number of keys that are tokens."""
-        return self.weights.shape[3] - self.extra_keys
+        return self.shape[3] - self.extra_keys
 
     @property
     def token_counts(self) -> dict[str, int]:
         """Number of tokens of each modality, that of the queries first."""
-        return {self.direction.query: self.weights.shape[2], self.direction.key: self.tokens}
+        return {self.direction.query: self.shape[2], self.direction.key: self.tokens}
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,13 +270,13 @@ class AttentionPair:
                 f"Layer '{self.layer}' pairs {there.direction} with {back.direction}; "
                 f"expected {there.direction.opposite}."
             )
-        expected = (there.weights.shape[0], there.tokens, there.weights.shape[2])
-        got = (back.weights.shape[0], back.weights.shape[2], back.tokens)
+        expected = (len(there), there.tokens, there.shape[2])
+        got = (len(back), back.shape[2], back.tokens)
         if got != expected:
             raise ShapeError(
-                f"Layer '{self.layer}': {there.direction} has weights of shape {tuple(there.weights.shape)}, so "
+                f"Layer '{self.layer}': {there.direction} has weights of shape {tuple(there.shape)}, so "
                 f"{back.direction} must be (batch={expected[0]}, heads, queries={expected[1]}, keys={expected[2]}); "
-                f"got {tuple(back.weights.shape)}. Where some keys are no tokens, such as a null key, name one "
+                f"got {tuple(back.shape)}. Where some keys are no tokens, such as a null key, name one "
                 "direction alone: its entropy needs no pair."
             )
 
@@ -297,7 +341,7 @@ def mask_absent(pairs: Sequence[AttentionPair], present: Mapping[str, Tensor]) -
         asks, asked = present.get(one.direction.query), present.get(one.direction.key)
         if asks is None and asked is None:
             return one
-        batch, _, queries, keys = one.weights.shape
+        batch, _, queries, keys = one.shape
         masks: dict[str, Tensor | None] = {"query_mask": one.query_mask, "key_mask": one.key_mask}
         for name, there, tokens in (("query_mask", asks, queries), ("key_mask", asked, keys)):
             if there is not None:

@@ -177,7 +177,8 @@ class StepRecorder:
         self._outputs = outputs
         self._pairs = self._collect_attention(batch, needs_attention)
         if self._pairs:
-            first, tokens = self._pairs[0].forward.weights, tuple(self._pairs[0].forward.weights.shape[2:])
+            first = self._pairs[0].forward
+            tokens = tuple(first.shape[2:])
             samples: int | None = len(first)
             device = first.device
         elif not self._lacks_attention or not self._trace.runs:
@@ -364,7 +365,7 @@ def with_fusion(batch: BatchResult, recorder: StepRecorder, step: Step, finder: 
     """
     labels, inputs = batch.labels, recorder.collect_fusion(batch.labels)
     if recorder.pairs and not batch.attention:  # the flow of data has just shown which attention goes across
-        tokens = tuple(recorder.pairs[0].forward.weights.shape[2:])
+        tokens = tuple(recorder.pairs[0].forward.shape[2:])
         labels = replace(labels, query_mask=finder.find_query_mask(replace(step, tokens=tokens)))
     attention = mask_queries(recorder.pairs, labels.query_mask)
     attention = tuple(pair.renamed(recorder.renamed) for pair in attention) if recorder.renamed else attention

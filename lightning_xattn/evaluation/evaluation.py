@@ -35,7 +35,7 @@ from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.saved_probes import SavedProbes
 from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.evaluation.statistics import CONFIDENCE, headline, sample_statistics, table_columns
-from lightning_xattn.functional import Rows, prepare_rows, received_attention
+from lightning_xattn.functional import Rows, prepare_layer, received_attention
 
 DIFFERENT_CLASSES = (
     "Processes found different numbers of classes: the first batch of one had no predictions or targets that fit. So "
@@ -214,8 +214,7 @@ class Evaluation:
     def describe(self, batch: BatchResult, recorder: StepRecorder) -> str:
         """Describe in a line what was detected in a first batch, so that the user sees a wrong guess at once."""
         attention = [
-            f"{one.direction} ({one.weights.shape[2]} {one.direction.query} queries -> {one.tokens} "
-            f"{one.direction.key} keys)"
+            f"{one.direction} ({one.shape[2]} {one.direction.query} queries -> {one.tokens} {one.direction.key} keys)"
             for pair in batch.attention[:1]
             for one in pair.directions
         ]
@@ -234,7 +233,7 @@ class Evaluation:
             ]
         )
 
-    def add(self, batch: BatchResult, places: range | None = None) -> list[dict[str, Any]]:
+    def add(self, batch: BatchResult, places: range | None = None, needs_rows: bool = True) -> list[dict[str, Any]]:
         """Add a batch to the sums, and give its rows of the sample table: the columns of each layer.
 
         Parameters
@@ -244,6 +243,8 @@ class Evaluation:
         places
             The indices of its samples in the data set, see ``unique_sample_indices``. Samples beyond them are left out,
             as another process has them. None: all samples are added, and their indices follow those before.
+        needs_rows
+            Whether there is a table; without one there are no rows.
         """
         seen, numbers = self.seen, torch.arange(self.seen, self.seen + len(batch), device=batch.device)
         first = self.seen + self._processes.rank * INDICES_PER_PROCESS
@@ -263,25 +264,24 @@ class Evaluation:
             NUMBER: numbers[: len(batch)],
         }
         ids = {"sample_id": labels.sample_ids, "group": labels.group_ids}
-        layers = [[prepare_rows(attention) for attention in pair.directions] for pair in batch.attention]
+        layers = [prepare_layer(*pair.directions) for pair in batch.attention]
         first_ran = bool(layers) and batch.attention[0].layer == self._first_layer
         if len(batch):
             self._add_names(batch.labels.sample_ids, seen)
-            self._keep_samples(batch, about | {"class": classes}, places, layers[0] if first_ran else ())
-        table = [] if batch.attention else [about | {"layer": None} | ids]
-        for pair, rows in zip(batch.attention, layers, strict=True):
-            one = pair.forward
-            if pair.backward is None and one.query_mask is None and one.cross_modal_mass is None:
+            self._keep_samples(batch, about | {"class": classes}, places, layers[0].directions if first_ran else ())
+        table = [about | {"layer": None} | ids] if needs_rows and not batch.attention else []
+        confidence = _or_default(labels.confidence, torch.nan, batch)
+        for pair, layer in zip(batch.attention, layers, strict=True):
+            if pair.backward is None and pair.forward.query_mask is None and not pair.forward.is_block:
                 self.lacking_query_mask.add(pair.layer)
-            statistics = sample_statistics(*rows) | {CONFIDENCE: _or_default(labels.confidence, torch.nan, batch)}
+            statistics = sample_statistics(layer).with_column(CONFIDENCE, confidence)
             if pair.layer not in self._accumulators:
-                empty = LayerAccumulator.empty(rows, tuple(statistics), n_classes, labels.group_noun)
+                empty = LayerAccumulator.empty(layer, statistics.columns, n_classes, labels.group_noun)
                 self._accumulators[pair.layer] = empty
-            sums = self._accumulators[pair.layer].add(rows, statistics, classes, outcomes, tied, labels.groups)
-            self._accumulators[pair.layer] = sums
-            undefined = statistics[headline(statistics)].isnan()
-            layer = {"undefined": undefined, "layer": pair.layer}
-            table.append(about | table_columns(statistics) | layer | ids)
+            self._accumulators[pair.layer].add(layer, statistics, classes, outcomes, tied, labels.groups)
+            if needs_rows:
+                of_layer = {"undefined": statistics[headline(statistics)].isnan(), "layer": pair.layer}
+                table.append(about | table_columns(statistics) | of_layer | ids)
         return table
 
     def _add_names(self, ids: Tensor | Sequence[Any] | None, first: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.core.wording import describe_size
-from lightning_xattn.evaluation.accumulators import KeyedSums, LayerAccumulator
+from lightning_xattn.evaluation.accumulators import OUTCOMES, KeyedSums, LayerAccumulator
 from lightning_xattn.evaluation.statistics import (
     ERROR_SIDES,
     INVALID_ROWS,
@@ -65,11 +65,15 @@ class LayerSummary:
         Number of heads by direction, forward first.
     group_noun
         What groups are called, such as "patients"; None where they are not known: samples count as independent.
+    tokens
+        Number of queries and of keys that are tokens, by direction.
     moments
-        ``(classes + 1, outcomes, columns, 3)``: count, sum, sum of squares; the last class is "no class".
+        ``(classes + 1, outcomes, columns, 3)`` of the numbers that are not of single heads: count, sum, sum of squares;
+        the last class is "no class".
     maps
         By direction ``(classes, queries, keys)``: attention averaged over heads and samples, NaN for an absent
-        class; one map when there are no classes. Empty when the token counts changed between batches.
+        class; one map of all samples when there are no classes, or more than ``MAP_CLASSES``. Of more than
+        ``MAP_CELLS`` cells the means over bins of ``bin_sizes``. Empty when the token counts changed between batches.
     outcome_maps
         By direction ``(2, queries, keys)``: the same of the incorrect and of the correct predictions, as ``INCORRECT``
         and ``CORRECT`` say; NaN without any.
@@ -82,13 +86,16 @@ class LayerSummary:
     def __init__(self, sums: LayerAccumulator) -> None:
         self._sums = sums = sums.cpu()
         self._places = {column: place for place, column in enumerate(sums.columns)}
+        self._grouped = {column: place for place, column in enumerate(sums.grouped_columns)}
+        self._entropies = {column: place for place, column in enumerate(sums.entropy_columns)}
         self.columns, self.n_classes, self.heads = sums.columns, sums.n_classes, sums.heads
-        self.group_noun = sums.group_noun
-        self.moments, self.ties = sums.moments, int(sums.ties)
-        self.maps = {direction: _mean_maps(one)[: self.n_classes or 1] for direction, one in sums.maps.items()}
-        self.outcome_maps = {
-            direction: _mean_maps(one)[[INCORRECT, CORRECT]] for direction, one in sums.outcome_maps.items()
-        }
+        self.group_noun, self.tokens, self.ties = sums.group_noun, sums.tokens, int(sums.ties)
+        self.moments = _sum_by_class(sums.by_group, self.n_classes)
+        self.maps, self.outcome_maps = {}, {}
+        for direction, one in sums.maps.items():
+            means = one[:, 0] / one[:, 1]
+            self.maps[direction] = means[: max(len(means) - OUTCOMES - 1, 1)]
+            self.outcome_maps[direction] = means[-OUTCOMES:][[INCORRECT, CORRECT]]
         aligned, samples, others = sums.null_terms
         x_sum, y_sum = sums.null_maps
         null = float(alignment_null(x_sum, y_sum, aligned, samples)) if others == 0 else math.nan
@@ -197,7 +204,7 @@ class LayerSummary:
         counts = counts[:, None] * (keys[:, 1:2] == torch.tensor([CORRECT, INCORRECT]))
         chosen = (keys[:, 2] == list(SCORES).index(score)) & (counts.sum(1) > 0)
         groups = None if self.group_noun is None else keys[chosen, 0]
-        by_class = self.moments[: self.n_classes, [CORRECT, INCORRECT], self._places[score]]
+        by_class = self.moments[: self.n_classes, [CORRECT, INCORRECT], self._grouped[score]]
         return Comparison(
             **vars(separation(keys[chosen, 3], counts[chosen], groups, ERROR_SIDES[score.statistic])),
             gap=self.gap(score),
@@ -212,10 +219,22 @@ class LayerSummary:
         if column not in self._places:
             known = ", ".join(map(str, self.columns))
             raise KeyError(f"Expected a Column, as Column.parse('alignment') is, of {known}; got {column!r}.")
-        selected: Tensor = self.moments[:, :, self._places[column]]
+        if column.head is not None:
+            return self._head_moments(column, class_id, outcome)
+        selected: Tensor = self.moments[:, :, self._grouped[column]]
         selected = selected if class_id is None else selected[class_id : class_id + 1]
         selected = selected if outcome is None else selected[:, outcome : outcome + 1]
         return selected.sum((0, 1))
+
+    def _head_moments(self, column: Column, class_id: int | None, outcome: int | None) -> Tensor:
+        """As ``_moments``; of single heads there is the entropy by class, without squares, and all else in total."""
+        if class_id is None and outcome is None:
+            return self._sums.totals[self._places[column]]
+        if outcome is not None or column not in self._entropies:
+            raise KeyError(f"Of single heads there are sums of all samples, and of entropy by class; got {column}.")
+        by_class = self._sums.head_entropies
+        count, total = by_class.sums[by_class.keys[:, 0] == class_id, self._entropies[column]].sum(0)
+        return torch.stack([count, total, torch.full_like(count, torch.nan)])
 
     def _by_group(self, column: Column, class_id: int | None = None, outcome: int | None = None) -> KeyedSums:
         """By group ``(2,)``: how many of its samples of a class and an outcome have a number, and its sum."""
@@ -224,9 +243,12 @@ class LayerSummary:
         for place, wanted in ((1, class_id), (2, outcome)):
             if wanted is not None:
                 chosen &= keys[:, place] == wanted
-        return KeyedSums.of(keys[chosen, :1], sums[chosen, self._sums.grouped_columns.index(column)])
+        return KeyedSums.of(keys[chosen, :1], sums[chosen, self._grouped[column], :2])
 
 
-def _mean_maps(sums: Tensor) -> Tensor:
-    weights, counts = sums.unbind(-1)
-    return weights / counts
+def _sum_by_class(by_group: KeyedSums, n_classes: int) -> Tensor:
+    """``(classes + 1, outcomes, columns, 3)`` the sums of all groups."""
+    places = by_group.keys[:, 1] * OUTCOMES + by_group.keys[:, 2]
+    sums = by_group.sums.new_zeros((n_classes + 1) * OUTCOMES, *by_group.sums.shape[1:])
+    by_class: Tensor = sums.index_add(0, places, by_group.sums).unflatten(0, (-1, OUTCOMES))
+    return by_class

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.functional import (
+    LayerRows,
     Rows,
-    alignment,
     cross_modal_mass,
     effective_keys,
     entropy,
@@ -74,9 +75,9 @@ class Statistic:
     """What a number is, and where it is shown."""
 
     function: Callable[..., Tensor | None] | None
-    """For the layer alone: of its one or two directions, ``(batch,)``, or None where they do not have it. Else of the
-    ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its defined directions.
-    None: it is not of the attention but of the labels."""
+    """For the layer alone: of its ``LayerRows``, ``(batch,)``, or None where they do not have it. Else of the ``Rows``
+    of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its defined directions. None: it
+    is not of the attention but of the labels."""
     levels: tuple[Level, ...]
     """Of what there is a column: the layer, each direction, each head. A direction's is the mean of its heads'."""
     scale: str
@@ -94,8 +95,8 @@ class Statistic:
     """Whether a report's table has it, see ``shown_columns``."""
 
 
-def _alignment(*rows: Rows) -> Tensor | None:
-    return alignment(*rows) if len(rows) == 2 else None
+def _alignment(layer: LayerRows) -> Tensor | None:
+    return None if layer.comparison is None else layer.comparison.alignment
 
 
 def _cross_modal_mass(rows: Rows) -> Tensor | None:
@@ -194,14 +195,14 @@ STATISTICS = {
         range=(0.0, torch.inf),
     ),
     "invalid_rows": Statistic(
-        lambda *rows: torch.stack([(~one.valid).sum((1, 2)) for one in rows]).sum(0),
+        lambda layer: torch.stack([(~rows.valid).sum((1, 2)) for rows in layer.directions]).sum(0),
         ("layer",),
         "rows",
         "rows left out because they are padding, fully masked, or not finite",
         range=(0.0, torch.inf),
     ),
     "wholly_masked": Statistic(
-        lambda *rows: torch.stack([one.wholly_masked for one in rows]).any(0).float(),
+        lambda layer: torch.stack([rows.wholly_masked for rows in layer.directions]).any(0),
         ("layer",),
         "1: it is",
         "whether one modality is wholly masked: no token of it is real, or seen",
@@ -227,37 +228,103 @@ ERROR_SIDES: dict[str, Side] = {
 """Which values are a sign of an error, of every score that is compared: those of layers, and that of the probes."""
 
 
-def sample_statistics(*rows: Rows) -> dict[Column, Tensor]:
-    """All numbers of the attention of a layer's samples, each ``(batch,)``, NaN where undefined.
+@dataclass(frozen=True, eq=False)
+class SampleNumbers(Mapping[Column, Tensor]):
+    """Numbers of samples, by column ``(batch,)``.
 
-    Parameters
+    Attributes
     ----------
-    *rows
-        The layer's one or two directions, forward first.
+    columns
+        The numbers.
+    matrix
+        ``(batch, columns)``, NaN where undefined.
     """
-    by_level: dict[Level, dict[Column, Tensor]] = defaultdict(dict)
+
+    columns: tuple[Column, ...]
+    matrix: Tensor
+
+    def __getitem__(self, column: Column) -> Tensor:
+        try:
+            return self.matrix[:, self.columns.index(column)]
+        except ValueError:
+            raise KeyError(column) from None
+
+    def __iter__(self) -> Iterator[Column]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def with_column(self, column: Column, values: Tensor) -> SampleNumbers:
+        """The same with one more number ``(batch,)``."""
+        return SampleNumbers((*self.columns, column), torch.cat([self.matrix, values[:, None]], 1))
+
+
+def sample_statistics(layer: LayerRows) -> SampleNumbers:
+    """All numbers of the attention of a layer's samples."""
+    of_layer: dict[str, Tensor] = {}
+    # By place: of all directions' statistics, those of heads and those of a direction as such.
+    of_heads: list[tuple[str, int, Tensor]] = []
+    of_direction: dict[tuple[str, int], Tensor] = {}
     for name, statistic in STATISTICS.items():
         if statistic.function is None:
             continue
         if statistic.levels == ("layer",):
-            values = statistic.function(*rows)
+            values = statistic.function(layer)
             if values is not None:
-                by_level["layer"][Column(name)] = values
+                of_layer[name] = values
             continue
-        means = []
-        for direction in rows:
-            values = statistic.function(direction)
-            if values is None:
-                continue
-            if "head" in statistic.levels:
-                for head, of_head in enumerate(values.unbind(1)):
-                    by_level["head"][Column(name, direction.direction, head)] = of_head
-            if "direction" in statistic.levels:
-                means.append(values if values.dim() == 1 else values.nanmean(1))
-                by_level["direction"][Column(name, direction.direction)] = means[-1]
-        if "layer" in statistic.levels:
-            by_level["layer"][Column(name)] = torch.stack(means).nanmean(0)
-    return by_level["layer"] | by_level["direction"] | by_level["head"]
+        for place, rows in enumerate(layer.directions):
+            values = statistic.function(rows)
+            if values is not None and values.dim() == 2:
+                of_heads.append((name, place, values))
+            elif values is not None:
+                of_direction[name, place] = values
+    of_direction |= _mean_over_heads(of_heads)
+    for name, statistic in STATISTICS.items():
+        if "layer" in statistic.levels and statistic.levels != ("layer",):
+            means = [of_direction[name, place] for place in range(len(layer.directions))]
+            of_layer[name] = means[0] if len(means) == 1 else torch.stack(means).nanmean(0)
+    every = [(name, place) for name in STATISTICS for place in range(len(layer.directions))]
+    places = [one for one in every if one in of_direction and "direction" in STATISTICS[one[0]].levels]
+    heads = [(name, place, values) for name, place, values in of_heads if "head" in STATISTICS[name].levels]
+    columns = _name_columns(
+        tuple(of_layer),
+        tuple(places),
+        tuple((name, place, values.shape[1]) for name, place, values in heads),
+        tuple(rows.direction for rows in layer.directions),
+    )
+    singles = [*of_layer.values(), *(of_direction[place] for place in places)]
+    dtype = layer.directions[0].entropy.dtype
+    blocks = [torch.stack([one.to(dtype) for one in singles], 1), *(values.to(dtype) for _, _, values in heads)]
+    return SampleNumbers(columns, torch.cat(blocks, 1))
+
+
+def _mean_over_heads(of_heads: Sequence[tuple[str, int, Tensor]]) -> dict[tuple[str, int], Tensor]:
+    """The means over a direction's heads of the numbers that have a direction's column, or a layer's."""
+    found: dict[tuple[str, int], Tensor] = {}
+    by_count: dict[int, list[tuple[str, int, Tensor]]] = defaultdict(list)
+    for name, place, values in of_heads:
+        if STATISTICS[name].levels != ("head",):
+            by_count[values.shape[1]].append((name, place, values))
+    for several in by_count.values():
+        means = torch.stack([values for *_, values in several]).nanmean(2).unbind()
+        found |= {(name, place): mean for (name, place, _), mean in zip(several, means, strict=True)}
+    return found
+
+
+@lru_cache(maxsize=256)
+def _name_columns(
+    of_layer: tuple[str, ...],
+    of_direction: tuple[tuple[str, int], ...],
+    of_heads: tuple[tuple[str, int, int], ...],
+    directions: tuple[Direction, ...],
+) -> tuple[Column, ...]:
+    return (
+        *map(Column, of_layer),
+        *(Column(name, directions[place]) for name, place in of_direction),
+        *(Column(name, directions[place], head) for name, place, heads in of_heads for head in range(heads)),
+    )
 
 
 def headline(columns: Iterable[Column]) -> Column:

@@ -113,7 +113,7 @@ class ModelRunner:
         for pair in recorded[1]:
             for attention in pair.directions:
                 where = f"{attention.direction} of layer '{pair.layer}'"
-                require_heads(self._num_heads, attention.weights.shape[1], where)
+                require_heads(self._num_heads, attention.shape[1], where)
         return recorded
 
     def _call_model(self, batch: Any) -> Any:

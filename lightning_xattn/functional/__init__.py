@@ -1,14 +1,15 @@
 """Every number's one definition, as pure functions of tensors (see their docstrings)."""
 
-from lightning_xattn.functional.attention import *
-from lightning_xattn.functional.directions import *
+from lightning_xattn.functional.alignment import *
 from lightning_xattn.functional.error_detection import *
 from lightning_xattn.functional.faithfulness import *
+from lightning_xattn.functional.heads import *
 from lightning_xattn.functional.intervals import *
 from lightning_xattn.functional.outcomes import *
 from lightning_xattn.functional.pairs import *
 from lightning_xattn.functional.probe import *
 from lightning_xattn.functional.ranking import *
+from lightning_xattn.functional.rows import *
 from lightning_xattn.functional.shapley import *
 from lightning_xattn.functional.support import *
 
@@ -17,6 +18,7 @@ __all__ = [
     "AddedValue",
     "Estimate",
     "Game",
+    "LayerRows",
     "Permutation",
     "Rows",
     "Separation",
@@ -63,6 +65,7 @@ __all__ = [
     "permuted_subsets",
     "play",
     "pooled_tokens",
+    "prepare_layer",
     "prepare_rows",
     "project",
     "query_selectivity",
@@ -79,10 +82,8 @@ __all__ = [
     "sink",
     "sink_excess",
     "sparsity",
-    "standardised_maps",
     "std",
     "student_quantile",
-    "sum_heads",
     "support",
     "support_cells",
     "supports",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_xattn.functional.attention import Rows, Weights, prepare_rows, sum_heads
+from lightning_xattn.functional.rows import Rows, Weights, prepare_rows
 
 
 def lift(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -141,11 +141,19 @@ def _mean_maps(rows: Rows, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     lifts = lift(rows)
     seen = (~lifts.isnan()).sum(over)
     if 1 in over:
-        weights, count = sum_heads(rows)
+        weights, count = _sum_heads(rows)
         weights, count = (weights.sum(0), count.sum(0)) if 0 in over else (weights, count)
     else:
         weights, count = rows.weights[..., : rows.tokens].sum(0), seen
     return weights / count, lifts.nansum(over) / seen
+
+
+def _sum_heads(rows: Rows) -> tuple[Tensor, Tensor]:
+    """As ``Rows.map_weights`` and ``Rows.map_heads``, of each token: ``(batch, queries, keys)``."""
+    weights = rows.weights[..., : rows.tokens].sum(1)
+    seen = rows.valid[..., None] if rows.token_visible is None else rows.valid[..., None] & rows.token_visible
+    heads = (~rows.broken).sum(1)[..., None]
+    return weights, torch.where(seen.any(1), heads, 0).expand(weights.shape)
 
 
 def _largest(weights: Tensor, lifts: Tensor, top_k: int) -> list[list[TopPair]]:

@@ -126,11 +126,11 @@ def plot_attention_over_signals(
     True
     """
     pair = read_pair(attention_dict)
-    check_sample(sample_idx, len(pair[0].weights))
+    check_sample(sample_idx, len(pair[0].attention))
     signals: dict[str, Traces | Spectrograms] = {traces.modality: traces, spectrograms.modality: spectrograms}
     if {pair[0].direction.query, pair[0].direction.key} != set(signals):
         raise SettingError(f"The signals are of {' and '.join(signals)}, the attention is {pair[0].direction}.")
-    counts = {pair[0].direction.query: pair[0].weights.shape[2], pair[0].direction.key: pair[0].tokens}
+    counts = {pair[0].direction.query: pair[0].attention.shape[2], pair[0].direction.key: pair[0].tokens}
     windows = {name: _windows(signal, counts[name], axes.get(name)) for name, signal in signals.items()}
     eeg, spec = windows[traces.modality], windows[spectrograms.modality]
     rows = {item.direction: item for item in pair}

@@ -61,14 +61,14 @@ def plot_head_contributions(
     """
     pair = read_pair(attention_dict)
     for rows in pair:
-        require_heads(num_heads, rows.weights.shape[1], str(rows.direction))
-    most = max(rows.weights.shape[1] for rows in pair)
+        require_heads(num_heads, rows.attention.shape[1], str(rows.direction))
+    most = max(rows.attention.shape[1] for rows in pair)
     fig = new_figure(max(WIDTH, 2.0 + 0.4 * most), 6.4)
     above, below = fig.subplots(2, 1, sharex=True)
     width = 0.8 / len(pair)
     for side, rows in enumerate(pair):
         statistics = {name: values.nanmean(0).numpy() for name, values in row_statistics(rows).items()}
-        places = np.arange(rows.weights.shape[1]) + width * (side - (len(pair) - 1) / 2)
+        places = np.arange(rows.attention.shape[1]) + width * (side - (len(pair) - 1) / 2)
         largest, uniform = statistics["max"], statistics["mean"]
         above.bar(places, largest - uniform, width, uniform, label=arrow(rows.direction), **_LOOKS[side])
         above.hlines(uniform, places - width / 2, places + width / 2, color="black", linewidth=2)
@@ -78,7 +78,7 @@ def plot_head_contributions(
                 text = ax.text(place, 0.5, "undefined", rotation=90, fontsize=9, ha="center", va="center")
                 text.set_transform(ax.get_xaxis_transform())
     above.set_yscale("log")
-    lowest = min(1 / rows.weights.shape[3] for rows in pair)
+    lowest = min(1 / rows.attention.shape[3] for rows in pair)
     above.set_ylim(lowest / 1.5, 1.5)
     above.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
     above.set_ylabel("largest weight of a row")
@@ -90,6 +90,6 @@ def plot_head_contributions(
     fig.legend(loc="outside lower center", ncols=2, frameon=False)
     remarks = ["The mean weight is not drawn: a row sums to 1, so it is 1 / keys for every head, whatever it learned."]
     remarks += [f"{arrow(rows.direction)}: {SINGLE_KEY}" for rows in pair if has_single_keys(rows)]
-    samples = len(pair[0].weights)
+    samples = len(pair[0].attention)
     set_title(fig, "Focus of each head", f"mean of {samples} sample{'s' * (samples > 1)}", "\n".join(remarks))
     return save(fig, save_path)

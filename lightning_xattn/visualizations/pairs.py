@@ -83,5 +83,5 @@ def _is_place(index: object, count: int) -> bool:
 def place_pair(rows: Rows, axes: Mapping[str, TokenAxis] | None) -> tuple[MapAxis, MapAxis]:
     """Place the queries and the keys of a direction on the axes of their modalities."""
     direction, axes = rows.direction, axes or {}
-    queries = place_tokens("query", direction.query, rows.weights.shape[2], axes.get(direction.query))
+    queries = place_tokens("query", direction.query, rows.attention.shape[2], axes.get(direction.query))
     return queries, place_tokens("key", direction.key, rows.tokens, axes.get(direction.key))

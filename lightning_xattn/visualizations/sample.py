@@ -112,7 +112,7 @@ def plot_cross_modal_attention(
     True
     """
     pair = read_pair(attention_dict)
-    check_sample(sample_idx, len(pair[0].weights))
+    check_sample(sample_idx, len(pair[0].attention))
     maps = [_SampleMap(rows, sample_idx, axes) for rows in pair]
     height = max(2.4, *(item.down.height for item in maps))
     fig = new_figure(WIDTH, height + 1.8)
@@ -241,7 +241,7 @@ def plot_modality_alignment(
     True
     """
     forward, backward = read_both(attention_dict, "plot_modality_alignment")
-    check_sample(sample_idx, len(forward.weights))
+    check_sample(sample_idx, len(forward.attention))
     values, names, matched = _bars(forward, backward, sample_idx)
     maps = [_SampleMap(rows, sample_idx, axes) for rows in (forward, backward)]
     height = max(2.0, *(item.down.height for item in maps))

@@ -16,7 +16,7 @@ from lightning_xattn.capture.joint import cut_direction
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError, ShapeError, XAttnWarning
 from lightning_xattn.evaluation.statistics import Column, sample_statistics
-from lightning_xattn.functional import cross_modal_mass, prepare_rows
+from lightning_xattn.functional import cross_modal_mass, prepare_layer, prepare_rows
 from tests import reference
 from tests.capture.models import BATCH, record, tokens
 from tests.messages import tells
@@ -55,7 +55,7 @@ def test_blocks_are_renormalised_and_what_crosses_is_told(padding):
         (pair.forward, range(AUDIO), range(AUDIO, AUDIO + TEXT)),
         (pair.backward, range(AUDIO, AUDIO + TEXT), range(AUDIO)),
     ):
-        rows, found = prepare_rows(attention), sample_statistics(prepare_rows(attention))
+        rows, found = prepare_rows(attention), sample_statistics(prepare_layer(attention))
         shares = cross_modal_mass(rows)
         for b in range(BATCH):
             block, share = reference.joint_block(whole[b].double().numpy(), queries, keys, real[b])
@@ -97,7 +97,7 @@ def test_a_row_of_which_nothing_crosses_is_left_out_and_is_not_broken():
     assert not rows.valid.any()
     assert not rows.broken.any()
     assert cross_modal_mass(rows).item() == pytest.approx(0, abs=1e-30)
-    assert sample_statistics(rows)[Column.parse("a_to_b/entropy")].isnan().all()
+    assert sample_statistics(prepare_layer(rows))[Column.parse("a_to_b/entropy")].isnan().all()
 
 
 def test_what_crosses_in_a_row_that_is_no_attention_is_not_told():

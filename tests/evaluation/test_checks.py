@@ -13,7 +13,7 @@ from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.checks import check_layer
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import sample_statistics
-from lightning_xattn.functional import prepare_rows
+from lightning_xattn.functional import prepare_layer, prepare_rows
 from lightning_xattn.functional.outcomes import UNKNOWN
 from tests.toy import ToyModule, quiet_trainer, toy_loader
 
@@ -30,8 +30,8 @@ def ring(weights, is_new=True, **masks):
     """The messages of a new run, or of the one that goes on."""
     if is_new:
         begin_run()
-    rows = [prepare_rows(Attention(DIRECTION, weights, **masks))]
-    statistics = sample_statistics(*rows)
+    rows = prepare_layer(Attention(DIRECTION, weights, **masks))
+    statistics = sample_statistics(rows)
     labels = torch.full((BATCH,), -1), torch.full((BATCH,), UNKNOWN), torch.zeros(BATCH)
     sums = LayerAccumulator.empty(rows, tuple(statistics), 0).add(rows, statistics, *labels)
     return list(check_layer("fusion.1", LayerSummary(sums)))
@@ -144,8 +144,8 @@ def test_changing_token_counts_name_the_mask_of_padded_queries(directions):
         there = ordinary()[:, :, :queries]
         back = there.transpose(-1, -2).softmax(-1)
         pair = Attention(DIRECTION, there), Attention(DIRECTION.opposite, back)
-        rows = [prepare_rows(attention) for attention in pair[:directions]]
-        statistics = sample_statistics(*rows)
+        rows = prepare_layer(*pair[:directions])
+        statistics = sample_statistics(rows)
         sums = sums or LayerAccumulator.empty(rows, tuple(statistics), 0)
         sums = sums.add(rows, statistics, *labels)
     (message,) = check_layer("fusion.1", LayerSummary(sums), lacks_query_mask=directions == 1)

@@ -20,7 +20,7 @@ from lightning_xattn.evaluation.statistics import (
     shown_columns,
     table_columns,
 )
-from lightning_xattn.functional import prepare_rows
+from lightning_xattn.functional import prepare_layer
 from tests.toy import ToyModule, toy_data, validate
 
 CURVES = (Path(__file__).parents[2] / "docs/all-curves.md").read_text()
@@ -33,7 +33,7 @@ def numbers(direction=EEG_TO_SPEC, heads=3):
     there = torch.randn(2, heads, 5, 7, generator=generator).softmax(-1)
     back = torch.randn(2, heads, 7, 5, generator=generator).softmax(-1)
     pair = Attention(direction, there), Attention(direction.opposite, back)
-    return sample_statistics(*map(prepare_rows, pair))
+    return sample_statistics(prepare_layer(*pair))
 
 
 def test_a_name_is_read_as_it_was_written():
@@ -84,7 +84,7 @@ def test_a_layer_has_the_mean_of_its_defined_directions():
     there = torch.randn(3, 2, 5, 7, generator=generator).masked_fill(~real[:, None, None], -torch.inf).softmax(-1)
     back = torch.randn(3, 2, 7, 5, generator=generator).softmax(-1)
     pair = Attention(EEG_TO_SPEC, there, key_mask=real), Attention(EEG_TO_SPEC.opposite, back, query_mask=real)
-    found = sample_statistics(*map(prepare_rows, pair))
+    found = sample_statistics(prepare_layer(*pair))
     of_eeg, of_spec = (found[Column("entropy", one.direction)] for one in pair)
     assert of_eeg.isnan().tolist() == [False, True, True]
     expected = torch.stack([(of_eeg[0] + of_spec[0]) / 2, of_spec[1], torch.tensor(torch.nan)])

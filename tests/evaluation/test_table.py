@@ -20,7 +20,7 @@ from lightning_xattn.core.errors import SettingError
 from lightning_xattn.evaluation import table as table_module
 from lightning_xattn.evaluation.statistics import sample_statistics
 from lightning_xattn.evaluation.table import SampleTable
-from lightning_xattn.functional import prepare_rows
+from lightning_xattn.functional import prepare_layer
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
@@ -43,7 +43,7 @@ def test_rows_are_the_samples(tmp_path):
     audio, text, target = toy_data()[:]
     with torch.no_grad(), AttentionRecorder(module.eval()) as recorder:
         logits = module(audio, text)
-    statistics = sample_statistics(*(prepare_rows(a) for a in recorder.attention[0].directions))
+    statistics = sample_statistics(prepare_layer(*recorder.attention[0].directions))
     for column, values in statistics.items():
         name = f"{column.direction}_{column.statistic}" if column.direction else column.statistic
         written = frame[name] if column.head is None else np.stack(frame[f"{name}_heads"])[:, column.head]

@@ -271,7 +271,8 @@ def test_the_null_is_the_mean_over_all_pairs_of_different_samples():
     pairs = [softmax_pair(generator) for _ in range(3)]
     there, back = (torch.cat(side) for side in zip(*pairs, strict=True))
     rows = [F.prepare_rows(Attention(d, w)) for d, w in ((EEG_TO_SPEC, there), (EEG_TO_SPEC.opposite, back))]
-    x, y, whole = F.standardised_maps(*rows)
+    compared = F.prepare_layer(*rows).comparison
+    x, y, whole = compared.x, compared.y, compared.is_whole
     aligned = F.alignment(*rows)
     compare((x * y).sum((1, 2)), aligned.tolist())
     assert whole.all()
@@ -297,11 +298,8 @@ def test_a_head_that_may_not_attend_counts_with_weight_0():
 
 def test_maps_with_padding_are_not_whole():
     """So they are not compared from sample to sample, whose tokens are not the same."""
-    *_, whole = F.standardised_maps(*(F.prepare_rows(attention) for attention in make_case("padded")))
-    assert whole.tolist() == [False, False]
-    forward, backward = make_case("broken rows")
-    *_, whole = F.standardised_maps(F.prepare_rows(forward), F.prepare_rows(backward))
-    assert whole.tolist() == [False, False]
+    for case in ("padded", "broken rows"):
+        assert F.prepare_layer(*make_case(case)).comparison.is_whole.tolist() == [False, False]
 
 
 def made_up_scores(n_correct, n_incorrect):

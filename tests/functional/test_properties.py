@@ -140,7 +140,7 @@ def test_a_half_masked_uniform_row_is_as_diffuse_as_it_can_be():
 
 def test_a_single_key_says_nothing():
     one, back = rows_of(torch.ones(2, 3, 1, 1)), back_rows_of(torch.ones(2, 3, 1, 1))
-    statistics = sample_statistics(one, back)
+    statistics = sample_statistics(F.prepare_layer(one, back))
     for name in ("alignment", "entropy", "eeg_to_spec/query_selectivity", "eeg_to_spec/head_diversity"):
         assert statistics[Column.parse(name)].isnan().all(), name
     assert (statistics[INVALID_ROWS] == 0).all()
@@ -266,8 +266,8 @@ def test_permuting_samples_permutes_their_numbers_and_all_stay_in_range(seed, sc
     there = (scale * random_logits(5, 3, 5, 7, seed=seed)).softmax(-1)
     back = (scale * random_logits(5, 3, 7, 5, seed=seed + 1)).softmax(-1)
     order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
-    numbers = sample_statistics(rows_of(there), back_rows_of(back))
-    permuted = sample_statistics(rows_of(there[order]), back_rows_of(back[order]))
+    numbers = sample_statistics(F.prepare_layer(rows_of(there), back_rows_of(back)))
+    permuted = sample_statistics(F.prepare_layer(rows_of(there[order]), back_rows_of(back[order])))
     for column, values in numbers.items():
         torch.testing.assert_close(permuted[column], values[order], msg=str(column))
         bounds = RANGES[column.statistic](*((7, 5) if column.direction == DIRECTION.opposite else (5, 7)))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lightning_xattn import functional as F
 from lightning_xattn.core.attention import Attention, Direction, row_sum_tolerance
 from lightning_xattn.evaluation.statistics import STATISTICS, Column, sample_statistics
-from lightning_xattn.functional import ROW_STATISTICS, prepare_rows
+from lightning_xattn.functional import ROW_STATISTICS, prepare_layer, prepare_rows
 from tests import reference
 from tests.fuzz.examples import fuzz
 
@@ -157,7 +157,7 @@ def compare(ours, theirs, name):
 def test_any_statistics(case):
     made = make(case)
     check_what_figures_show(case, made)
-    numbers = sample_statistics(*map(prepare_rows, made))
+    numbers = sample_statistics(prepare_layer(*made))
     assert all(values.shape == (case["samples"],) for values in numbers.values())
     for b in range(case["samples"]):
         of_sample = expected(made, b)

@@ -15,7 +15,7 @@ from lightning_xattn.core.attention import Attention, Direction
 from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import CONFIDENCE, ENTROPY, SCORES, STATISTICS, sample_statistics
-from lightning_xattn.functional import prepare_rows
+from lightning_xattn.functional import prepare_layer
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from tests import reference
 from tests.fuzz.examples import fuzz
@@ -67,8 +67,8 @@ def make(case):
 
 def rows_and_numbers(case, columns):
     attention = [Attention(DIRECTION, columns["there"]), Attention(DIRECTION.opposite, columns["back"])]
-    rows = [prepare_rows(one) for one in attention[: 1 + case["both"]]]
-    return rows, sample_statistics(*rows) | {CONFIDENCE: columns["confidence"]}
+    layer = prepare_layer(*attention[: 1 + case["both"]])
+    return layer, sample_statistics(layer).with_column(CONFIDENCE, columns["confidence"])
 
 
 def add_up(case, columns, parts):

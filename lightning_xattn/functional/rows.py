@@ -1,0 +1,504 @@
+"""How is a query's attention spread over its keys?
+
+Every function of attention takes weights ``(batch, heads, queries, keys)`` with a ``key_mask`` where some keys are
+padding, or an ``Attention`` with all of its masks, or what `prepare_rows` makes of either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.core.attention import Attention, Direction
+from lightning_xattn.core.errors import SettingError, ShapeError
+from lightning_xattn.functional.bins import add_rows, bin_sizes, sum_bins
+from lightning_xattn.functional.chunks import WEIGHT_FLOOR, Buffers, Chunk, read_chunks, split_queries
+
+SPARSITY_THRESHOLD = 0.1
+"""A weight below this counts as sparse."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What statistics need of the rows of an attention, computed in one pass; nothing of all heads' weights is kept.
+
+    Attributes
+    ----------
+    attention
+        What they are the rows of.
+    valid
+        ``(batch, heads, queries)`` bool: the query is a real token, the row is finite, sums to 1 and has a key.
+    broken
+        ``(batch, heads, queries)`` bool: the query is a real token and has a key, yet the row is not finite or does
+        not sum to 1.
+    keys
+        Number of valid keys of each row, float, broadcastable to ``valid``.
+    entropy
+        ``(batch, heads, queries)``, Shannon entropy in nats; 0 for an invalid row.
+    largest
+        ``(batch, heads, queries)``, the largest weight; 0 for an invalid row.
+    sparse
+        ``(batch, heads, queries)``, how many weights are below ``SPARSITY_THRESHOLD``, also those of hidden keys.
+    head_mean_entropy
+        ``(batch, queries)``, entropy in nats of the row that is averaged over the heads; None with a single head.
+    head_keys
+        Number of keys that any head can see, float, broadcastable to ``head_mean_entropy``.
+    received
+        ``(batch, heads, keys)``, the weights that each key gets from the valid rows, summed.
+    seen
+        ``(batch, 1 or heads, keys)`` bool, whether a valid row can see the key; None: each key that is there.
+    map_weights, map_heads
+        ``(batch, queries, keys)`` over the keys that are tokens: the weights of all heads together, and how many heads
+        they are from, 0 where no valid row sees the key; in bins of ``bin_sizes`` they are sums over the cells
+        of each bin.
+    cross_modal_mass
+        ``(batch, heads, queries)``, see ``Attention``; NaN where the query is no real token.
+    log_sums
+        ``(batch, heads, queries)`` logarithm of the sum of the exponentials of a row's scores; None where only weights
+        are known.
+    bin_sizes
+        How many queries and keys a cell of the maps is of.
+
+    Examples
+    --------
+    >>> prepare_rows(Attention(Direction("eeg", "spec"), torch.full((4, 8, 9, 119), 1 / 119)))
+    Rows(eeg_to_spec: 4 samples, 8 heads, 9 queries, 119 keys)
+    """
+
+    attention: Attention
+    valid: Tensor
+    broken: Tensor
+    keys: Tensor
+    entropy: Tensor
+    largest: Tensor
+    sparse: Tensor
+    head_mean_entropy: Tensor | None
+    head_keys: Tensor
+    received: Tensor
+    seen: Tensor | None
+    map_weights: Tensor
+    map_heads: Tensor
+    cross_modal_mass: Tensor | None
+    log_sums: Tensor | None
+    bin_sizes: tuple[int, int]
+
+    def __repr__(self) -> str:
+        samples, heads, queries, keys = self.attention.shape
+        return f"Rows({self.direction}: {samples} samples, {heads} heads, {queries} queries, {keys} keys)"
+
+    @property
+    def direction(self) -> Direction:
+        """Who asks whom."""
+        return self.attention.direction
+
+    @property
+    def tokens(self) -> int:
+        """How many keys are tokens, from the first on; the rest are slots of ``add_bias_kv`` or ``add_zero_attn``."""
+        return self.attention.tokens
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """``(batch, heads, queries, keys)``, 0 at hidden keys and in invalid rows. All at once: for short sequences."""
+        return torch.cat([chunk.weights.clone() for chunk in read_chunks(self.attention)], 2)
+
+    @cached_property
+    def visible(self) -> Tensor | None:
+        """Bool, broadcastable to ``weights``, True where no mask hides the key; None: everywhere."""
+        return self.attention.visible_to()
+
+    @property
+    def token_visible(self) -> Tensor | None:
+        """``visible`` over the keys that are tokens."""
+        return None if self.visible is None else self.visible[..., : self.tokens]
+
+    @cached_property
+    def wholly_masked(self) -> Tensor:
+        """``(batch,)`` bool: masks hide all tokens of one modality, or all queries are padding.
+
+        Of a block of a joint sequence only padding counts.
+        """
+        return _wholly_masked(self.attention)
+
+
+Weights = Tensor | Attention | Rows
+"""Attention as every function takes it, see `prepare_rows`."""
+
+
+def prepare_rows(weights: Weights, key_mask: Tensor | None = None) -> Rows:
+    """What statistics need of the rows, all of it computed once.
+
+    A row is valid when its query is a real token, it has at least one valid key, it is finite and sums to 1
+    within ``row_sum_tolerance``. A row of half precision is scaled back to sum to 1.
+
+    Parameters
+    ----------
+    weights
+        ``(batch, heads, queries, keys)``, after the softmax and before dropout; or an ``Attention``; or ``Rows``, which
+        come back as they are.
+    key_mask
+        ``(batch, keys)`` bool, True where the key is a real token; None: all are. Only with a tensor.
+
+    Raises
+    ------
+    SettingError
+        If ``weights`` is of another type, or has its masks and gets another one.
+    ShapeError
+        If the weights do not have four axes, or the mask does not fit them.
+
+    Examples
+    --------
+    >>> prepare_rows(torch.tensor([[[[0.5, 0.5, 0.0]]]]), key_mask=torch.tensor([[True, True, False]])).keys
+    tensor([[[2.]]])
+    >>> weights = torch.tensor([[[[0.5, 0.5], [0.9, 0.9]]]])  # the second row is no attention
+    >>> prepare_rows(Attention(Direction("eeg", "spec"), weights)).valid
+    tensor([[[ True, False]]])
+    """
+    if key_mask is not None and isinstance(weights, (Attention, Rows)):
+        raise SettingError(f"key_mask goes with a tensor alone: {weights!r} has its masks already.")
+    if isinstance(weights, Rows):
+        return weights
+    if isinstance(weights, Tensor):
+        weights = Attention(Direction("query", "key"), weights, key_mask)
+    if not isinstance(weights, Attention):
+        raise SettingError(
+            f"Weights must be a tensor (batch, heads, queries, keys), an Attention or Rows; got a "
+            f"{type(weights).__name__}. torch.as_tensor(weights) makes a tensor."
+        )
+    collector = RowCollector(weights)
+    for chunk in read_chunks(weights):
+        collector.add(chunk)
+    return collector.finish()
+
+
+class RowCollector:
+    """Collects the `Rows` of an attention from its chunks, in the order of the queries."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._attention = attention
+        self._heads = attention.shape[1]
+        self._sizes = bin_sizes(attention.shape[2], attention.tokens)
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._buffers = Buffers()
+        self._received: Tensor | None = None
+        self._seen: Tensor | None = None
+        self._maps: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_binned(self) -> bool:
+        """Whether the maps are kept in bins."""
+        return self._sizes != (1, 1)
+
+    def add(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Add the next chunk.
+
+        Returns
+        -------
+        weights, heads
+            ``(batch, queries, keys)`` over the keys that are tokens: the weights of all heads together, and how many
+            heads they are from; the latter may be the same for all keys.
+        """
+        weights, visible, valid = chunk.weights, chunk.visible, chunk.valid
+        by_head = visible is not None and visible.shape[1] > 1
+        total = self._sum_heads(weights)
+        # Without a mask each row has as many keys.
+        self._has_fixed_keys = visible is None and chunk.keys.shape == (1, 1, 1)
+        keys = chunk.keys if self._has_fixed_keys else chunk.keys.expand(-1, -1, valid.shape[2])
+        found = {
+            "valid": valid,
+            "broken": chunk.broken,
+            "keys": keys,
+            "entropy": chunk.entropy,
+            "largest": chunk.largest,
+            "sparse": _count_sparse(chunk),
+            "head_keys": visible.any(1).to(total.dtype).sum(-1) if by_head and visible is not None else keys.amax(1),
+            "cross_modal_mass": chunk.cross_modal_mass,
+            "log_sums": chunk.log_sums,
+        }
+        if self._heads > 1:
+            found["head_mean_entropy"] = self._head_mean_entropy(total, chunk.scratch)
+        for name, values in found.items():
+            if values is not None:
+                self._parts[name].append(values)
+        received = weights.sum(2)
+        self._received = received if self._received is None else self._received.add_(received)
+        if visible is not None:
+            alike = visible.shape[2] == 1
+            seen = visible[:, :, 0] & valid.any(2)[..., None] if alike else (visible & valid[..., None]).any(2)
+            self._seen = seen if self._seen is None else self._seen | seen
+        total = total[..., : self._attention.tokens]
+        heads = self._count_heads(chunk, total)
+        self._add_map(total, heads, chunk.queries.start)
+        return total, heads
+
+    def _sum_heads(self, weights: Tensor) -> Tensor:
+        if self._heads == 1:
+            return weights[:, 0]
+        if not self.is_binned:
+            return weights.sum(1)
+        batch, _, *rest = weights.shape
+        return torch.sum(weights, 1, out=self._buffers.take("total", (batch, *rest), weights))
+
+    def _head_mean_entropy(self, total: Tensor, scratch: Tensor) -> Tensor:
+        """That of ``total / heads``, of rows that are valid in all heads: ``ln(heads) - sum(t ln t) / heads``."""
+        heads = self._heads
+        logs = torch.clamp_min(total, WEIGHT_FLOOR, out=scratch.flatten()[: total.numel()].view_as(total)).log_()
+        return math.log(heads) - logs.mul_(total).sum(-1) / heads
+
+    def _count_heads(self, chunk: Chunk, total: Tensor) -> Tensor:
+        """How many heads each cell is from: those whose row is not broken, where a valid row sees the key."""
+        whole = (~chunk.broken).to(total.dtype).sum(1)[..., None]
+        valid, visible = chunk.valid[..., None], chunk.visible
+        if visible is None:
+            return whole * valid.any(1)
+        visible = visible[..., : total.shape[-1]]
+        seen = (valid & visible).any(1) if visible.shape[1] > 1 else valid.any(1) & visible[:, 0]
+        return whole * seen
+
+    def _add_map(self, total: Tensor, heads: Tensor, first: int) -> None:
+        if not self.is_binned:
+            self._parts["map_weights"].append(total)
+            self._parts["map_heads"].append(heads.expand(total.shape))
+            return
+        by_query, by_key = self._sizes
+        if self._maps is None:
+            batch, _, queries, _ = self._attention.shape
+            bins = math.ceil(queries / by_query), math.ceil(total.shape[-1] / by_key)
+            self._maps = total.new_zeros(batch, *bins), total.new_zeros(batch, *bins)
+        if heads.shape[-1] == 1:
+            heads = heads * sum_bins(total.new_ones(total.shape[-1]), by_key)
+        else:
+            heads = sum_bins(heads, by_key)
+        for sums, values in zip(self._maps, (sum_bins(total, by_key), heads), strict=True):
+            add_rows(sums, values, first, by_query)
+
+    def finish(self) -> Rows:
+        """The rows of all chunks."""
+        whole = {name: self._join(name, parts) for name, parts in self._parts.items()}
+        if self._maps is not None:
+            whole["map_weights"], whole["map_heads"] = self._maps
+        assert self._received is not None
+        found: dict[str, Any] = dict.fromkeys(("head_mean_entropy", "cross_modal_mass", "log_sums")) | whole
+        return Rows(self._attention, received=self._received, seen=self._seen, bin_sizes=self._sizes, **found)
+
+    def _join(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        if len(parts) == 1 or (self._has_fixed_keys and name in ("keys", "head_keys")):
+            return parts[0]
+        return torch.cat(list(parts), 1 if name.startswith("map_") else -1)
+
+
+def has_single_keys(rows: Rows, samples: int | slice = slice(None)) -> bool:
+    """Whether these samples have valid rows, all of them of a single valid key: their attention holds no information.
+
+    Examples
+    --------
+    >>> has_single_keys(prepare_rows(Attention(Direction("eeg", "spec"), torch.ones(1, 8, 9, 1))))
+    True
+    """
+    valid, several = rows.valid[samples], (rows.valid & (rows.keys > 1))[samples]
+    return bool(valid.any()) and not bool(several.any())
+
+
+def entropy(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """``-sum a ln a / ln K_q``, ``(batch, heads)`` in [0, 1]: 0 = one key, 1 = diffuse; leaves out rows of one key.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> entropy(weights)
+    tensor([[0.5000]])
+    >>> entropy(weights, key_mask=torch.tensor([[True, True]]))
+    tensor([[0.5000]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    normalised = (rows.entropy / rows.keys.log()).clamp(0, 1)
+    return _mean_of_rows(normalised, rows.valid & (rows.keys > 1))
+
+
+def effective_keys(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """``exp(-sum a ln a)``, ``(batch, heads)`` in [1, K_q]: how many keys a row really uses.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> effective_keys(weights)
+    tensor([[1.5000]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    return _mean_of_rows(rows.entropy.exp(), rows.valid)
+
+
+def effective_share(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """``exp(-sum a ln a) / K_q``, ``(batch, heads)`` in [1 / K_q, 1]: which share of its keys a row really uses.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> effective_share(weights)
+    tensor([[0.7500]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    return _mean_of_rows(rows.entropy.exp() / rows.keys, rows.valid)
+
+
+def max_weight(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """Largest weight of a row, ``(batch, heads)`` in [1 / K_q, 1]: a head's "confidence" (Voita et al. 2019).
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> max_weight(weights)
+    tensor([[0.7500]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    return _mean_of_rows(rows.largest, rows.valid)
+
+
+def min_weight(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """Smallest weight of a row over its valid keys, ``(batch, heads)`` in [0, 1 / K_q].
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> min_weight(weights)
+    tensor([[0.2500]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    weights = rows.weights if rows.visible is None else rows.weights.masked_fill(~rows.visible, torch.inf)
+    return _mean_of_rows(weights.amin(-1), rows.valid)
+
+
+def sparsity(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """Percentage of valid keys below ``SPARSITY_THRESHOLD``, ``(batch, heads)`` in [0, 100].
+
+    With more than ``1 / SPARSITY_THRESHOLD`` keys even uniform attention scores 100.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> sparsity(weights)
+    tensor([[25.]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    # Hidden keys have weight 0, so they are below every threshold: they are taken out again.
+    hidden = rows.attention.shape[3] - rows.keys
+    return _mean_of_rows(100 * (rows.sparse - hidden) / rows.keys, rows.valid)
+
+
+def std(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """Population standard deviation of a row over its valid keys, ``(batch, heads)``.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> std(weights)
+    tensor([[0.2500]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    centred = rows.weights - 1 / rows.keys[..., None]
+    if rows.visible is not None:
+        centred = centred.masked_fill(~rows.visible, 0)
+    return _mean_of_rows(torch.linalg.vector_norm(centred, dim=-1) / rows.keys.sqrt(), rows.valid)
+
+
+def mean(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """Mean weight of a row, ``(batch, heads)``: always ``1 / K_q``, whatever the model learned.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> mean(weights)
+    tensor([[0.5000]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    return _mean_of_rows((1 / rows.keys).expand(rows.valid.shape), rows.valid)
+
+
+def cross_modal_mass(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """Share of a query's attention that crosses over to the other modality of a joint sequence, ``(batch, heads)``.
+
+    In [0, 1], averaged over the queries that are real tokens. As in a joint sequence a query may attend to its own
+    modality too, this is the weight of all other numbers, which describe the cross-modal part alone.
+
+    Raises
+    ------
+    ShapeError
+        If the rows are not from a joint sequence.
+
+    Examples
+    --------
+    >>> weights, before = torch.full((1, 1, 2, 4), 0.25), torch.tensor([[[0.2, 0.4]]])
+    >>> cross_modal_mass(prepare_rows(Attention(Direction("eeg", "spec"), weights, cross_modal_mass=before)))
+    tensor([[0.3000]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    if rows.cross_modal_mass is None:
+        raise ShapeError(f"The attention {rows.direction} is no block of a joint sequence, so nothing crosses over.")
+    return rows.cross_modal_mass.nanmean(-1)
+
+
+ROW_STATISTICS = {
+    "entropy": entropy,
+    "effective_keys": effective_keys,
+    "effective_share": effective_share,
+    "max": max_weight,
+    "min": min_weight,
+    "sparsity": sparsity,
+    "std": std,
+    "mean": mean,
+}
+"""Every row statistic by name: each the mean over the valid rows of a head, NaN where no row defines it."""
+
+
+def row_statistics(weights: Weights, key_mask: Tensor | None = None) -> dict[str, Tensor]:
+    """All of ``ROW_STATISTICS``, each ``(batch, heads)``.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> numbers = row_statistics(weights)
+    >>> numbers["max"], numbers["min"]
+    (tensor([[0.7500]]), tensor([[0.2500]]))
+    """
+    rows = prepare_rows(weights, key_mask)
+    return {name: statistic(rows) for name, statistic in ROW_STATISTICS.items()}
+
+
+def _count_sparse(chunk: Chunk) -> Tensor:
+    """How many weights of each row are below ``SPARSITY_THRESHOLD``."""
+    largest = chunk.largest
+    if largest.device.type == "cpu" and largest.numel() and float(largest.max()) < SPARSITY_THRESHOLD:
+        return torch.full_like(largest, chunk.weights.shape[-1])  # as usual with many keys
+    # A sum of booleans takes many times as long as one of floats.
+    return torch.lt(chunk.weights, SPARSITY_THRESHOLD, out=chunk.scratch).sum(-1)
+
+
+def _mean_of_rows(values: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where, values, 0).sum(-1) / where.sum(-1)
+
+
+def _wholly_masked(attention: Attention) -> Tensor:
+    masked = torch.zeros(len(attention), dtype=torch.bool, device=attention.device)
+    # What an attention mask hides of a joint sequence may be the other modality as such, as a causal mask does.
+    if attention.visible is None or attention.is_block:
+        if attention.key_mask is not None:
+            masked = masked | ~attention.key_mask[:, : attention.tokens].any(1)
+    else:
+        seen = masked
+        for queries in split_queries(attention):
+            visible = attention.visible_to(queries)
+            assert visible is not None
+            seen = seen | visible[..., : attention.tokens].flatten(1).any(1)
+        masked = ~seen
+    return masked if attention.query_mask is None else masked | ~attention.query_mask.any(1)
+
+
+def entropy_of(weights: Tensor) -> Tensor:
+    """Shannon entropy in nats over the last axis, of what sums to 1 there."""
+    return weights.clamp_min(WEIGHT_FLOOR).log_().mul_(weights).sum(-1).neg_()
