@@ -117,7 +117,7 @@ class AttentionAnalyzer:
     def compare_modality_agreement(self, eeg_to_spec: Weights, spec_to_eeg: Weights) -> float:
         """Alignment of the two directions, in [-1, 1], averaged over the samples for which it is defined.
 
-        Pearson correlation of the head-averaged maps, one of them transposed; ``functional.alignment`` gives it by
+        Pearson correlation of the head-averaged maps, one of them transposed; ``functional.directions`` gives it by
         sample. NaN if it is defined for no sample, as with a single key.
 
         Raises

@@ -279,11 +279,14 @@ class LayerAccumulator:
         compared = layer.comparison
         if compared is None:
             return None
-        defined = compared.map_alignment.isfinite()
-        counted = defined & compared.is_whole
+        aligned, is_whole = compared.map_alignment, compared.is_whole
+        defined = aligned == aligned
+        counted = defined & is_whole
         maps = torch.stack([one.where(counted[:, None, None], 0).sum(0) for one in (compared.x, compared.y)])
-        aligned = compared.map_alignment.where(counted, 0).sum()
-        return maps, torch.stack([aligned, counted.sum(), (defined & ~compared.is_whole).sum()])
+        terms = torch.stack(
+            [aligned.where(counted, 0), counted.to(aligned.dtype), (defined & ~is_whole).to(aligned.dtype)]
+        )
+        return maps, terms.sum(1)
 
     def settled(self) -> LayerAccumulator:
         """The same with no batch waiting. Waits for a GPU."""

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Literal
 
 import torch
@@ -195,14 +195,14 @@ STATISTICS = {
         range=(0.0, torch.inf),
     ),
     "invalid_rows": Statistic(
-        lambda layer: torch.stack([(~rows.valid).sum((1, 2)) for rows in layer.directions]).sum(0),
+        lambda layer: sum(rows.invalid for rows in layer.directions),
         ("layer",),
         "rows",
         "rows left out because they are padding, fully masked, or not finite",
         range=(0.0, torch.inf),
     ),
     "wholly_masked": Statistic(
-        lambda layer: torch.stack([rows.wholly_masked for rows in layer.directions]).any(0),
+        lambda layer: reduce(torch.logical_or, [rows.wholly_masked for rows in layer.directions]),
         ("layer",),
         "1: it is",
         "whether one modality is wholly masked: no token of it is real, or seen",

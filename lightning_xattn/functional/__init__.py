@@ -1,6 +1,6 @@
 """Every number's one definition, as pure functions of tensors (see their docstrings)."""
 
-from lightning_xattn.functional.alignment import *
+from lightning_xattn.functional.directions import *
 from lightning_xattn.functional.error_detection import *
 from lightning_xattn.functional.faithfulness import *
 from lightning_xattn.functional.heads import *

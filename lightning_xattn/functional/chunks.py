@@ -41,6 +41,8 @@ class Chunk:
     log_sums
         ``(batch, heads, queries)`` logarithm of the sum of the exponentials of a row's scores; None where only weights
         are known.
+    is_whole
+        Whether all rows are valid and see all keys, as far as that is known without waiting for a GPU.
     scratch
         As many numbers as there are weights, which mean nothing and may be written over.
     """
@@ -53,6 +55,7 @@ class Chunk:
     keys: Tensor
     entropy: Tensor
     largest: Tensor
+    is_whole: bool
     scratch: Tensor
     cross_modal_mass: Tensor | None = None
     log_sums: Tensor | None = None
@@ -99,13 +102,15 @@ def _read_weights(attention: Attention, queries: slice, buffers: Buffers) -> Chu
     total = weights.sum(-1)
     # A comparison with NaN is False and an infinite sum is far from 1, so this is the check for finiteness too.
     valid, broken, mass = _judge(attention, queries, (total - 1).abs() <= row_sum_tolerance(dtype), keys)
-    if not _surely_all(valid):
+    has_all = _surely_all(valid)
+    if not has_all:
         weights = weights.masked_fill(~valid[..., None], 0)
     if dtype.itemsize < 4:  # half precision keeps a sum only up to its rounding
         weights = weights / torch.where(valid, total, 1)[..., None]
     logs = torch.clamp_min(weights, WEIGHT_FLOOR, out=buffers.take("logs", weights.shape, weights)).log_()
     entropy = logs.mul_(weights).sum(-1).neg_()
-    return Chunk(queries, weights, visible, valid, broken, keys, entropy, weights.amax(-1), logs, mass)
+    is_whole = has_all and visible is None
+    return Chunk(queries, weights, visible, valid, broken, keys, entropy, weights.amax(-1), is_whole, logs, mass)
 
 
 def _read_scores(attention: Attention, queries: slice, buffers: Buffers) -> Chunk:
@@ -131,11 +136,12 @@ def _read_scores(attention: Attention, queries: slice, buffers: Buffers) -> Chun
         keys, mass = keys.where(crosses | ~sound, 0), mass.masked_fill(~sound, torch.nan)
     valid, broken, mass = _judge(attention, queries, sound, keys, mass)
     weights.mul_(total.reciprocal()[..., None])
-    entropy, largest = log_total - mean_score, total.reciprocal()
-    if not _surely_all(valid):
+    entropy, largest, has_all = log_total - mean_score, total.reciprocal(), _surely_all(valid)
+    if not has_all:
         weights.masked_fill_(~valid[..., None], 0)
         entropy, largest = entropy.where(valid, 0), largest.where(valid, 0)
-    return Chunk(queries, weights, visible, valid, broken, keys, entropy, largest, scores, mass, log_sums)
+    is_whole = has_all and visible is None
+    return Chunk(queries, weights, visible, valid, broken, keys, entropy, largest, is_whole, scores, mass, log_sums)
 
 
 def _log_sums_of_all(source: Scores, queries: slice, buffers: Buffers) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.functional.rows import Rows, Weights, entropy_of, prepare_rows
+from lightning_xattn.functional.rows import Weights, entropy_of, prepare_rows
 
 SINK_QUERIES = 4
 """With fewer valid queries than this no head has a sink."""
@@ -29,7 +29,8 @@ def received_attention(weights: Weights, key_mask: Tensor | None = None) -> Tens
     tensor([[0.7500, 0.2500]])
     """
     rows = prepare_rows(weights, key_mask)
-    received = rows.received.sum(1) / rows.valid.sum((1, 2))[:, None]
+    count = rows.valid.shape[1] * rows.counts if isinstance(rows.counts, int) else rows.counts.sum(1, keepdim=True)
+    received = rows.received.sum(1) / count
     if rows.seen is not None:
         received = received.masked_fill(~rows.seen.any(1), torch.nan)
     return received[:, : rows.tokens]
@@ -68,10 +69,10 @@ def query_selectivity(weights: Weights, key_mask: Tensor | None = None) -> Tenso
     tensor([[1.]])
     """
     rows = prepare_rows(weights, key_mask)
-    queries = rows.valid.sum(-1)
-    excess = entropy_of(rows.received / queries[..., None]) - rows.entropy.sum(-1) / queries
-    seen = _count_seen(rows)
-    return torch.where((queries > 1) & (seen > 1), (excess / seen.log()).clamp(0, 1), torch.nan)
+    queries, seen = rows.counts, rows.keys_seen
+    pooled = rows.received / (queries if isinstance(queries, int) else queries[..., None])
+    excess = entropy_of(pooled) - rows.mean(rows.entropy)
+    return _where_both((queries, 2), (seen, 2), (excess / _log(seen)).clamp(0, 1))
 
 
 def head_diversity(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -95,9 +96,11 @@ def head_diversity(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     heads = rows.valid.shape[1]
     if rows.head_mean_entropy is None:
         return torch.full_like(rows.entropy[:, 0, 0], torch.nan)
-    defined = rows.valid.all(1) & (rows.head_keys > 1)
     excess = rows.head_mean_entropy - rows.entropy.mean(1)
     diversity = (excess / rows.head_keys.log().clamp_max(math.log(heads))).clamp(0, 1)
+    if rows.is_whole and rows.attention.shape[3] > 1:
+        return diversity.mean(-1)
+    defined = rows.valid.all(1) & (rows.head_keys > 1)
     return torch.where(defined, diversity, 0).sum(-1) / defined.sum(-1)
 
 
@@ -114,7 +117,7 @@ def sink(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     tensor([[0.8000]])
     """
     rows = prepare_rows(weights, key_mask)
-    return rows.received.amax(-1) / rows.valid.sum(-1)
+    return rows.received.amax(-1) / rows.counts
 
 
 def sink_excess(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -135,13 +138,22 @@ def sink_excess(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     tensor([[0.6000]])
     """
     rows = prepare_rows(weights, key_mask)
-    keys = _count_seen(rows)
-    excess = ((sink(rows) - 1 / keys) / (1 - 1 / keys)).clamp(0, 1)
-    return torch.where((keys > 1) & (rows.valid.sum(-1) >= SINK_QUERIES), excess, torch.nan)
+    keys = rows.keys_seen
+    uniform = 1 / keys
+    rest = 1 - uniform if isinstance(uniform, Tensor) else max(1 - uniform, torch.finfo(rows.received.dtype).tiny)
+    return _where_both((keys, 2), (rows.counts, SINK_QUERIES), ((sink(rows) - uniform) / rest).clamp(0, 1))
 
 
-def _count_seen(rows: Rows) -> Tensor:
-    """K: how many keys some valid query can see, broadcastable to ``(batch, heads)``."""
-    if rows.seen is None:
-        return rows.keys[..., 0] if rows.keys.shape == (1, 1, 1) else rows.keys.amax(-1)
-    return rows.seen.sum(-1).to(rows.received.dtype)
+Count = Tensor | int
+
+
+def _log(count: Count) -> Tensor | float:
+    return count.log() if isinstance(count, Tensor) else math.log(max(count, 2))
+
+
+def _where_both(one: tuple[Count, int], other: tuple[Count, int], values: Tensor) -> Tensor:
+    """The values where two counts are as large as their limits, else NaN; of numbers nothing is computed."""
+    first, second = (count >= least for count, least in (one, other))
+    if isinstance(first, bool) and isinstance(second, bool):
+        return values if first and second else torch.full_like(values, torch.nan)
+    return torch.where(torch.as_tensor(first, device=values.device) & second, values, torch.nan)

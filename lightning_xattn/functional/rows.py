@@ -65,6 +65,8 @@ class Rows:
         are known.
     bin_sizes
         How many queries and keys a cell of the maps is of.
+    is_whole
+        Whether all rows are valid and see all keys, as far as that is known without waiting for a GPU.
 
     Examples
     --------
@@ -88,6 +90,7 @@ class Rows:
     cross_modal_mass: Tensor | None
     log_sums: Tensor | None
     bin_sizes: tuple[int, int]
+    is_whole: bool
 
     def __repr__(self) -> str:
         samples, heads, queries, keys = self.attention.shape
@@ -97,6 +100,34 @@ class Rows:
     def direction(self) -> Direction:
         """Who asks whom."""
         return self.attention.direction
+
+    @cached_property
+    def counts(self) -> Tensor | int:
+        """How many rows of each head are valid, ``(batch, heads)``; a number where all are."""
+        return self.valid.shape[2] if self.is_whole else self.valid.sum(-1)
+
+    @cached_property
+    def keys_seen(self) -> Tensor | int:
+        """How many keys some valid query can see, broadcastable to ``(batch, heads)``; a number where it sees all."""
+        if self.is_whole:
+            return self.attention.shape[3]
+        if self.seen is None:
+            return self.keys.amax(-1)
+        return self.seen.sum(-1).to(self.received.dtype)
+
+    @cached_property
+    def invalid(self) -> Tensor:
+        """``(batch,)`` how many rows are not valid."""
+        if self.is_whole:
+            return self.received.new_zeros(len(self.valid))
+        return (~self.valid).sum((1, 2))
+
+    def mean(self, values: Tensor, where: Tensor | None = None) -> Tensor:
+        """``(batch, heads)`` the mean of values of rows, where they are defined (None: all valid rows); else NaN."""
+        if where is None and self.is_whole:
+            return values.mean(-1)
+        where = self.valid if where is None else where
+        return torch.where(where, values, 0).sum(-1) / where.sum(-1)
 
     @property
     def tokens(self) -> int:
@@ -178,10 +209,19 @@ def prepare_rows(weights: Weights, key_mask: Tensor | None = None) -> Rows:
 
 
 class RowCollector:
-    """Collects the `Rows` of an attention from its chunks, in the order of the queries."""
+    """Collects the `Rows` of an attention from its chunks, in the order of the queries.
 
-    def __init__(self, attention: Attention) -> None:
-        self._attention = attention
+    Parameters
+    ----------
+    attention
+        Whose rows.
+    keeps_maps
+        Whether the weights of all heads together are kept of each token, beside the map in bins.
+    """
+
+    def __init__(self, attention: Attention, keeps_maps: bool = False) -> None:
+        self._attention, self._keeps_maps = attention, keeps_maps
+        self._totals: list[Tensor] = []
         self._heads = attention.shape[1]
         self._sizes = bin_sizes(attention.shape[2], attention.tokens)
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
@@ -189,11 +229,17 @@ class RowCollector:
         self._received: Tensor | None = None
         self._seen: Tensor | None = None
         self._maps: tuple[Tensor, Tensor] | None = None
+        self._is_whole = True
 
     @property
     def is_binned(self) -> bool:
         """Whether the maps are kept in bins."""
         return self._sizes != (1, 1)
+
+    @property
+    def whole_map(self) -> Tensor:
+        """``(batch, queries, keys)`` over the keys that are tokens: the weights of all heads together, if kept."""
+        return torch.cat(self._totals, 1)
 
     def add(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Add the next chunk.
@@ -205,6 +251,7 @@ class RowCollector:
             heads they are from; the latter may be the same for all keys.
         """
         weights, visible, valid = chunk.weights, chunk.visible, chunk.valid
+        self._is_whole &= chunk.is_whole
         by_head = visible is not None and visible.shape[1] > 1
         total = self._sum_heads(weights)
         # Without a mask each row has as many keys.
@@ -235,12 +282,14 @@ class RowCollector:
         total = total[..., : self._attention.tokens]
         heads = self._count_heads(chunk, total)
         self._add_map(total, heads, chunk.queries.start)
+        if self._keeps_maps:
+            self._totals.append(total)
         return total, heads
 
     def _sum_heads(self, weights: Tensor) -> Tensor:
         if self._heads == 1:
             return weights[:, 0]
-        if not self.is_binned:
+        if not self.is_binned or self._keeps_maps:
             return weights.sum(1)
         batch, _, *rest = weights.shape
         return torch.sum(weights, 1, out=self._buffers.take("total", (batch, *rest), weights))
@@ -253,6 +302,8 @@ class RowCollector:
 
     def _count_heads(self, chunk: Chunk, total: Tensor) -> Tensor:
         """How many heads each cell is from: those whose row is not broken, where a valid row sees the key."""
+        if chunk.is_whole:
+            return total.new_full((1, 1, 1), self._heads)
         whole = (~chunk.broken).to(total.dtype).sum(1)[..., None]
         valid, visible = chunk.valid[..., None], chunk.visible
         if visible is None:
@@ -275,6 +326,7 @@ class RowCollector:
             heads = heads * sum_bins(total.new_ones(total.shape[-1]), by_key)
         else:
             heads = sum_bins(heads, by_key)
+        heads = heads.expand(*total.shape[:2], -1)
         for sums, values in zip(self._maps, (sum_bins(total, by_key), heads), strict=True):
             add_rows(sums, values, first, by_query)
 
@@ -285,7 +337,14 @@ class RowCollector:
             whole["map_weights"], whole["map_heads"] = self._maps
         assert self._received is not None
         found: dict[str, Any] = dict.fromkeys(("head_mean_entropy", "cross_modal_mass", "log_sums")) | whole
-        return Rows(self._attention, received=self._received, seen=self._seen, bin_sizes=self._sizes, **found)
+        return Rows(
+            self._attention,
+            received=self._received,
+            seen=self._seen,
+            bin_sizes=self._sizes,
+            is_whole=self._is_whole,
+            **found,
+        )
 
     def _join(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1 or (self._has_fixed_keys and name in ("keys", "head_keys")):
@@ -318,7 +377,8 @@ def entropy(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """
     rows = prepare_rows(weights, key_mask)
     normalised = (rows.entropy / rows.keys.log()).clamp(0, 1)
-    return _mean_of_rows(normalised, rows.valid & (rows.keys > 1))
+    is_defined = rows.is_whole and rows.attention.shape[3] > 1
+    return rows.mean(normalised, None if is_defined else rows.valid & (rows.keys > 1))
 
 
 def effective_keys(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -331,7 +391,7 @@ def effective_keys(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     tensor([[1.5000]])
     """
     rows = prepare_rows(weights, key_mask)
-    return _mean_of_rows(rows.entropy.exp(), rows.valid)
+    return rows.mean(rows.entropy.exp())
 
 
 def effective_share(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -344,7 +404,7 @@ def effective_share(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     tensor([[0.7500]])
     """
     rows = prepare_rows(weights, key_mask)
-    return _mean_of_rows(rows.entropy.exp() / rows.keys, rows.valid)
+    return rows.mean(rows.entropy.exp() / rows.keys)
 
 
 def max_weight(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -357,7 +417,7 @@ def max_weight(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     tensor([[0.7500]])
     """
     rows = prepare_rows(weights, key_mask)
-    return _mean_of_rows(rows.largest, rows.valid)
+    return rows.mean(rows.largest)
 
 
 def min_weight(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -371,7 +431,7 @@ def min_weight(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """
     rows = prepare_rows(weights, key_mask)
     weights = rows.weights if rows.visible is None else rows.weights.masked_fill(~rows.visible, torch.inf)
-    return _mean_of_rows(weights.amin(-1), rows.valid)
+    return rows.mean(weights.amin(-1))
 
 
 def sparsity(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -388,7 +448,7 @@ def sparsity(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     rows = prepare_rows(weights, key_mask)
     # Hidden keys have weight 0, so they are below every threshold: they are taken out again.
     hidden = rows.attention.shape[3] - rows.keys
-    return _mean_of_rows(100 * (rows.sparse - hidden) / rows.keys, rows.valid)
+    return rows.mean(100 * (rows.sparse - hidden) / rows.keys)
 
 
 def std(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -404,7 +464,7 @@ def std(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     centred = rows.weights - 1 / rows.keys[..., None]
     if rows.visible is not None:
         centred = centred.masked_fill(~rows.visible, 0)
-    return _mean_of_rows(torch.linalg.vector_norm(centred, dim=-1) / rows.keys.sqrt(), rows.valid)
+    return rows.mean(torch.linalg.vector_norm(centred, dim=-1) / rows.keys.sqrt())
 
 
 def mean(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -417,7 +477,7 @@ def mean(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     tensor([[0.5000]])
     """
     rows = prepare_rows(weights, key_mask)
-    return _mean_of_rows((1 / rows.keys).expand(rows.valid.shape), rows.valid)
+    return rows.mean((1 / rows.keys).expand(rows.valid.shape))
 
 
 def cross_modal_mass(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -477,10 +537,6 @@ def _count_sparse(chunk: Chunk) -> Tensor:
         return torch.full_like(largest, chunk.weights.shape[-1])  # as usual with many keys
     # A sum of booleans takes many times as long as one of floats.
     return torch.lt(chunk.weights, SPARSITY_THRESHOLD, out=chunk.scratch).sum(-1)
-
-
-def _mean_of_rows(values: Tensor, where: Tensor) -> Tensor:
-    return torch.where(where, values, 0).sum(-1) / where.sum(-1)
 
 
 def _wholly_masked(attention: Attention) -> Tensor:

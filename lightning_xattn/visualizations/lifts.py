@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_xattn.core.wording import SINGLE_KEY
 from lightning_xattn.functional import Rows, has_single_keys
-from lightning_xattn.functional.alignment import NO_VARIANCE
+from lightning_xattn.functional.directions import NO_VARIANCE
 from lightning_xattn.visualizations.drawing import MapAxis, draw_colour_bar, draw_mesh, wrap, write_note
 
 # The scale of lifts reaches at least this far from 1: a nearly uniform map should look flat, not noisy.

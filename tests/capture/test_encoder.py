@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder, JointSequence
 from lightning_xattn.core.errors import DiscoveryError
+from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, assert_same, per_head, record, tokens
 from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH
@@ -84,7 +85,7 @@ def test_the_encoders_fast_path_stays_on(named, norm_first, call):
     torch.testing.assert_close(torch.where(crosses, got.weights, 0), expected, atol=2e-6, rtol=1e-5)
     if "src_key_padding_mask" in call:
         assert torch.equal(got.key_mask, ~call["src_key_padding_mask"][:, AUDIO:])
-    torch.testing.assert_close(got.cross_modal_mass, mass, atol=2e-6, rtol=1e-5, equal_nan=True)
+    torch.testing.assert_close(prepare_rows(got).cross_modal_mass, mass, atol=2e-6, rtol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("named", ["encoder.layers.0", "encoder.layers.0.self_attn"])
@@ -124,7 +125,7 @@ def test_a_norm_that_counts_what_it_sees_counts_it_once():
     normed = Norm()(joint)
     _, expected = layers[1].self_attn(normed, normed, normed, average_attn_weights=False)
     block = expected[:, :, :AUDIO, AUDIO:]
-    torch.testing.assert_close(recorder.attention[0].forward.cross_modal_mass, block.sum(-1))
+    torch.testing.assert_close(prepare_rows(recorder.attention[0].forward).cross_modal_mass, block.sum(-1))
 
 
 class Wrapped(nn.TransformerEncoderLayer):
@@ -179,7 +180,7 @@ def test_self_attention_whose_fast_path_averages_by_itself(heads, dtype):
             attention.to(dtype)
         cross_modal_mass = weights[:, :, :AUDIO, AUDIO:].sum(-1)
         torch.testing.assert_close(
-            recorder.attention[0].forward.cross_modal_mass.float(), cross_modal_mass, atol=0.02, rtol=0.02
+            prepare_rows(recorder.attention[0].forward).cross_modal_mass.float(), cross_modal_mass, atol=0.02, rtol=0.02
         )
 
 
@@ -213,7 +214,7 @@ def test_an_encoder_layer_that_attends_in_a_way_of_its_own(own, fast):
     query = joint if fast else joint.flip(1)
     weights = per_head(attention, query, joint if fast or own == "attention" else query)
     cross_modal_mass = weights[:, :, :AUDIO, AUDIO:].sum(-1)
-    torch.testing.assert_close(recorder.attention[0].forward.cross_modal_mass, cross_modal_mass)
+    torch.testing.assert_close(prepare_rows(recorder.attention[0].forward).cross_modal_mass, cross_modal_mass)
 
 
 def test_the_fast_path_of_a_subclass_stays_on():

@@ -191,7 +191,7 @@ def test_a_text_as_long_as_the_longest_of_each_batch(spans):
             (pair,) = recorder.attention
             whole = model["attend"](x, x, x, average_attn_weights=False)[1]
         block = whole[:, :, : length - IMAGE, length - IMAGE :]
-        torch.testing.assert_close(pair.forward.cross_modal_mass, block.sum(-1))
+        torch.testing.assert_close(prepare_rows(pair.forward).cross_modal_mass, block.sum(-1))
         torch.testing.assert_close(pair.forward.weights, block / block.sum(-1, keepdim=True))
 
 
@@ -437,7 +437,7 @@ def test_masks_of_tokens_that_stand_elsewhere_in_each_sample():
             mass = block.sum(-1)
             seen = mass > 0
             shape = slice(None), slice(len(queries))
-            torch.testing.assert_close(direction.cross_modal_mass[b][shape], mass)
+            torch.testing.assert_close(prepare_rows(direction).cross_modal_mass[b][shape], mass)
             found = direction.weights[b][(*shape, slice(len(keys)))]
             torch.testing.assert_close(found[seen], (block / mass[..., None])[seen])
             assert direction.key_mask[b].tolist() == [k < len(keys) for k in range(direction.weights.shape[-1])]

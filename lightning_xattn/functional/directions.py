@@ -22,6 +22,10 @@ NO_VARIANCE = 1e-6
 """A map whose standard deviation is within this share of its root mean square varies by float32 rounding only."""
 
 
+KEPT_CELLS = 2**22
+"""Up to so many cells of a batch, the backward direction's map is kept while the forward one is read: 16 MB."""
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """The two head-averaged maps of a layer compared, sample by sample.
@@ -87,15 +91,16 @@ def prepare_layer(forward: Weights, backward: Weights | None = None) -> LayerRow
     """
     if backward is None:
         return LayerRows((prepare_rows(forward),), None)
-    back = prepare_rows(backward)
-    if not isinstance(forward, Attention):
-        there = prepare_rows(forward)
+    if not (isinstance(forward, Attention) and isinstance(backward, Attention) and RowCollector(forward).is_binned):
+        there, back = prepare_rows(forward), prepare_rows(backward)
         return LayerRows((there, back), _compare(there, back))
-    collector = RowCollector(forward)
-    if not collector.is_binned:
-        there = prepare_rows(forward)
-        return LayerRows((there, back), _compare(there, back))
-    moments = _Moments(forward, back)
+    batch, _, queries, keys = forward.shape
+    keeps_map = batch * queries * keys <= KEPT_CELLS
+    opposite, collector = RowCollector(backward, keeps_map), RowCollector(forward)
+    for chunk in read_chunks(backward):
+        opposite.add(chunk)
+    back = opposite.finish()
+    moments = _Moments(forward, back, opposite.whole_map if keeps_map else None)
     for chunk in read_chunks(forward):
         moments.add(*collector.add(chunk), chunk.queries)
     there = collector.finish()
@@ -122,15 +127,17 @@ def alignment(forward: Weights, backward: Weights) -> Tensor:
 
 
 def _compare(there: Rows, back: Rows, moments: _Moments | None = None) -> Comparison:
-    cells = _full_cells(there) & _full_cells(back).mT
-    is_whole = cells.flatten(1).all(1)
-    mask = None if _surely(is_whole) else cells.to(there.map_weights.dtype)
+    if there.is_whole and back.is_whole:
+        is_whole, mask = there.valid.new_ones(len(there.valid)), None
+    else:
+        cells = _full_cells(there) & _full_cells(back).mT
+        is_whole = cells.flatten(1).all(1)
+        mask = None if _surely(is_whole) else cells.to(there.map_weights.dtype)
     sides = there.map_weights, back.map_weights.mT
     if there.bin_sizes != (1, 1):
         sides = sides[0] / there.map_heads, sides[1] / back.map_heads.mT
         sides = sides[0].nan_to_num(), sides[1].nan_to_num()
-    (x, x_norm), (y, y_norm) = (_centre(one, mask) for one in sides)
-    x, y = x / x_norm[:, None, None], y / y_norm[:, None, None]
+    x, y = (_standardise(one, mask) for one in sides)
     aligned = _inner(x, y)
     if there.bin_sizes == (1, 1):
         return Comparison(aligned, x, y, aligned, is_whole)
@@ -252,6 +259,12 @@ def _centre(maps: Tensor, cells: Tensor | None) -> tuple[Tensor, Tensor]:
     return centred, torch.where(norm > NO_VARIANCE * scale, norm, torch.nan)
 
 
+def _standardise(maps: Tensor, cells: Tensor | None) -> Tensor:
+    """The maps with mean 0 and norm 1 over their cells, NaN where a map has no variance."""
+    centred, norm = _centre(maps, cells)
+    return centred.div_(norm[:, None, None])
+
+
 def _full_cells(rows: Rows) -> Tensor:
     """Where all heads count in a cell of the map, and in a bin all cells: ``(batch, queries, keys)`` bool."""
     heads, sizes = rows.valid.shape[1], []
@@ -271,8 +284,9 @@ class _Moments:
     Each map is shifted by its mean without masks, so that the squares lose no digits.
     """
 
-    def __init__(self, forward: Attention, back: Rows) -> None:
-        self._back, self._columns = back, Columns(back.attention, back.valid, back.log_sums)
+    def __init__(self, forward: Attention, back: Rows, back_map: Tensor | None = None) -> None:
+        self._back, self._map = back, back_map
+        self._columns = Columns(back.attention, back.valid, back.log_sums) if back_map is None else None
         self._heads = forward.shape[1]
         # Sums over heads instead of means, as a correlation is the same; less what they are without masks.
         self._shifts = self._heads / forward.shape[3], back.valid.shape[1] / back.attention.shape[3]
@@ -283,9 +297,15 @@ class _Moments:
         self._sums = torch.zeros(6, len(forward), dtype=dtype, device=forward.device)
 
     def add(self, total: Tensor, heads: Tensor, queries: slice) -> None:
-        """Add the cells of some queries, as `RowCollector.add` gives them; ``total`` is changed in place."""
+        """Add the cells of some queries, as `RowCollector.add` gives them; that of several heads is changed in place."""
         back = self._back
-        x, y = total.sub_(self._shifts[0]), self._columns.read(queries).sub_(self._shifts[1])
+        if self._columns is not None:
+            y = self._columns.read(queries).sub_(self._shifts[1])
+        else:
+            assert self._map is not None
+            y = self._map[..., queries].mT - self._shifts[1]
+        # Of a single head the total may be the weights themselves.
+        x = total.sub_(self._shifts[0]) if self._heads > 1 else total - self._shifts[0]
         visible, cells = back.attention.visible_to(slice(None), queries), heads == self._heads
         if visible is None and self._has_all and _surely(cells):
             count = x.new_full((len(x),), x.shape[1] * x.shape[2])
@@ -297,7 +317,8 @@ class _Moments:
             counted = cells.to(x.dtype).expand(x.shape)
             count, x, y = counted.sum((1, 2)), x.mul_(counted), y.mul_(counted)
         x, y = x.flatten(1), y.flatten(1)
-        self._sums += torch.stack([count, x.sum(1), y.sum(1), *(_dot(*pair) for pair in ((x, x), (y, y), (x, y)))])
+        products = (_dot(one, other) for one, other in ((x, x), (y, y), (x, y)))
+        self._sums += torch.stack([count, x.sum(1), y.sum(1), *products])
 
     def correlation(self) -> Tensor:
         """``(batch,)`` Pearson's, NaN where a map has no variance."""
@@ -312,5 +333,5 @@ class _Moments:
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    product: Tensor = one[:, None, :] @ other[:, :, None]
-    return product[:, 0, 0].clone()
+    products: Tensor = torch.bmm(one[:, None, :], other[:, :, None])
+    return products.flatten()
