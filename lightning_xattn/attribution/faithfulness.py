@@ -14,7 +14,7 @@ from lightning_xattn.attribution.kept_samples import KeptSamples, Part, TokenSou
 from lightning_xattn.attribution.recorder import ModalityRecorder
 from lightning_xattn.attribution.replay import AttentionPlace, Replay, Values
 from lightning_xattn.attribution.root import ReplayError
-from lightning_xattn.capture.readers import Edit
+from lightning_xattn.capture.events import Edit
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.functional import partner_shifts, ranking_gain, replacements
 from lightning_xattn.functional.faithfulness import LEAST_SAMPLES, REPLACED_SHARES

@@ -15,7 +15,7 @@ from lightning_xattn.attribution.ports import Column, Key, Place
 from lightning_xattn.attribution.root import ReplayError, Root
 from lightning_xattn.capture.attention_mode import AttentionMode
 from lightning_xattn.capture.calls import find_tensors, replace_item, samples_axis, take_samples
-from lightning_xattn.capture.readers import Edit, Event, RecordLevel
+from lightning_xattn.capture.events import Edit, Event, RecordLevel
 
 MAX_ROWS = 64
 """How many pairs are replayed in a call, at most: few enough for the caches of a CPU."""

@@ -34,8 +34,8 @@ from lightning_xattn.capture.calls import (
     take_samples,
 )
 from lightning_xattn.capture.dataflow import Dataflow
+from lightning_xattn.capture.events import RecordLevel
 from lightning_xattn.capture.labels.places import to_labels
-from lightning_xattn.capture.readers import RecordLevel
 
 
 class ReplayError(Exception):

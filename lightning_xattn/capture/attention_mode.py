@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_xattn.capture.calls import LOSSES, SCORE_FUNCTIONS, Call, Run, StepTrace, look_up
-from lightning_xattn.capture.readers import Edit, Event, Read, RecordLevel, find_reader
+from lightning_xattn.capture.events import Edit, Event, Read, RecordLevel
+from lightning_xattn.capture.readers import find_reader
 from lightning_xattn.capture.tensors import Address, has_address, only_modes, pop_modes, push_modes
 
 ToEdit = Callable[[Event], Edit | None]

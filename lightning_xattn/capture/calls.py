@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_xattn.capture.tensors import has_address
 
 if TYPE_CHECKING:
-    from lightning_xattn.capture.readers import Event
+    from lightning_xattn.capture.events import Event
 
 Note = TypeVar("Note")
 

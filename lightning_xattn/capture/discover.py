@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from lightning_xattn.capture.calls import Run
+from lightning_xattn.capture.events import Event, RecordLevel
 from lightning_xattn.capture.extractor import NAME_IT, AttentionExtractor
 from lightning_xattn.capture.layers import common_parent, describe_attention, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
-from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import SET_IT_ASIDE, Layer, Source
 from lightning_xattn.capture.tensors import are_same
 from lightning_xattn.capture.tokens import Tokens, describe_event, find_candidates, find_token_inputs

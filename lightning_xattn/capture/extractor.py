@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.capture.calls import Path, Run, find_readable_tensors, name_argument
+from lightning_xattn.capture.events import Event, RecordLevel
 from lightning_xattn.capture.joint import JointSequence, Places, cut_direction
 from lightning_xattn.capture.masks import Axes, RecordedWeights, find_weighted_keys, intersect_masks, separate_padding
-from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import SET_IT_ASIDE, Source
 from lightning_xattn.capture.tensors import Address, describe_kind, is_plain
 from lightning_xattn.capture.tokens import Tokens, describe_event, find_axes, find_candidates

@@ -25,10 +25,10 @@ from lightning_xattn.capture.discover import (
     find_padding_source,
     find_shown,
 )
+from lightning_xattn.capture.events import Event, RecordLevel
 from lightning_xattn.capture.extractor import AttentionExtractor
 from lightning_xattn.capture.layers import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
-from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, is_set_aside
 from lightning_xattn.capture.wrappers import compiled_modules, scripted_modules
 from lightning_xattn.core.attention import Attention, AttentionPair, Direction, rename_layer

@@ -10,8 +10,8 @@ from math import prod
 from torch import Tensor, nn
 
 from lightning_xattn.capture.calls import Run, find_readable_tensors, name_argument
+from lightning_xattn.capture.events import Event
 from lightning_xattn.capture.masks import Axes
-from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.tensors import has_address
 
 _HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "nhead", "nheads", "heads", "num_attention_heads", "head_num")

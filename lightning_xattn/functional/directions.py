@@ -297,7 +297,7 @@ class _Moments:
         self._sums = torch.zeros(6, len(forward), dtype=dtype, device=forward.device)
 
     def add(self, total: Tensor, heads: Tensor, queries: slice) -> None:
-        """Add the cells of some queries, as `RowCollector.add` gives them; that of several heads is changed in place."""
+        """Add the cells of some queries, as `RowCollector.add` gives them; ``total`` may be changed in place."""
         back = self._back
         if self._columns is not None:
             y = self._columns.read(queries).sub_(self._shifts[1])
@@ -333,5 +333,5 @@ class _Moments:
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    products: Tensor = torch.bmm(one[:, None, :], other[:, :, None])
-    return products.flatten()
+    product: Tensor = one[:, None, :] @ other[:, :, None]
+    return product.squeeze(2).squeeze(1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_xattn.capture.attention_mode import AttentionMode
-from lightning_xattn.capture.readers import Edit, RecordLevel
+from lightning_xattn.capture.events import Edit, RecordLevel
 from tests.capture.models import BATCH, Runs, assert_same, heads, mha, tokens
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, count_hooks
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.capture.readers import Edit, find_reader
+from lightning_xattn.capture.events import Edit
+from lightning_xattn.capture.readers import find_reader
 from lightning_xattn.capture.tensors import Address, are_same, has_address, is_plain, unreadable_kind
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.functional import prepare_rows
