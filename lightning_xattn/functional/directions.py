@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_xattn.core.attention import Attention
 from lightning_xattn.functional.bins import sum_bins
-from lightning_xattn.functional.chunks import Columns, read_chunks
+from lightning_xattn.functional.chunks import Buffers, Columns, read_chunks
 from lightning_xattn.functional.rows import RowCollector, Rows, Weights, prepare_rows
 
 NO_VARIANCE = 1e-6
@@ -285,7 +285,7 @@ class _Moments:
     """
 
     def __init__(self, forward: Attention, back: Rows, back_map: Tensor | None = None) -> None:
-        self._back, self._map = back, back_map
+        self._back, self._map, self._buffers = back, back_map, Buffers()
         self._columns = Columns(back.attention, back.valid, back.log_sums) if back_map is None else None
         self._heads = forward.shape[1]
         # Sums over heads instead of means, as a correlation is the same; less what they are without masks.
@@ -297,15 +297,15 @@ class _Moments:
         self._sums = torch.zeros(6, len(forward), dtype=dtype, device=forward.device)
 
     def add(self, total: Tensor, heads: Tensor, queries: slice) -> None:
-        """Add the cells of some queries, as `RowCollector.add` gives them; ``total`` may be changed in place."""
+        """Add the cells of some queries, as `RowCollector.add` gives them."""
         back = self._back
         if self._columns is not None:
             y = self._columns.read(queries).sub_(self._shifts[1])
         else:
             assert self._map is not None
             y = self._map[..., queries].mT - self._shifts[1]
-        # Of a single head the total may be the weights themselves.
-        x = total.sub_(self._shifts[0]) if self._heads > 1 else total - self._shifts[0]
+        # Not in place, as of a single head the total is the weights themselves.
+        x = torch.sub(total, self._shifts[0], out=self._buffers.take("x", total.shape, total))
         visible, cells = back.attention.visible_to(slice(None), queries), heads == self._heads
         if visible is None and self._has_all and _surely(cells):
             count = x.new_full((len(x),), x.shape[1] * x.shape[2])
@@ -328,7 +328,7 @@ class _Moments:
             about_mean = squares - total**2 / count
             about_zero = squares + 2 * shift * total + count * shift**2
             variances.append(about_mean.where(about_mean > NO_VARIANCE**2 * about_zero, torch.nan))
-        found = (xy - x * y / count) / (variances[0] * variances[1]).sqrt()
+        found: Tensor = (xy - x * y / count) / (variances[0] * variances[1]).sqrt()
         return found.clamp(-1, 1).float()
 
 

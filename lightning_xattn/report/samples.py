@@ -15,8 +15,10 @@ from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import decimal, name_modality
 from lightning_xattn.evaluation.fusion_samples import SampleModalities, describe_modalities
+from lightning_xattn.evaluation.maps import kept_lift_map
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
-from lightning_xattn.functional import lift_map, prepare_rows
+from lightning_xattn.functional import prepare_rows
+from lightning_xattn.functional.bins import bin_sizes
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.report.batch import describe_sample
 from lightning_xattn.report.document import Paragraph
@@ -95,13 +97,14 @@ def _read_row(row: Mapping[str, Any], names: Sequence[str]) -> SampleModalities:
 def list_batch(results: ExplainedBatch | dict[str, Any], pictures: Pictures) -> Iterator[SampleEntry]:
     """Each sample with the maps of its first layer's directions."""
     attention = results.get("attention") or ()
-    maps = {str(one.direction): lift_map(prepare_rows(one)) for pair in attention[:1] for one in pair.directions}
+    maps = {one.direction: kept_lift_map(prepare_rows(one)) for pair in attention[:1] for one in pair.directions}
+    tokens = {one.direction: (one.shape[2], one.tokens) for pair in attention[:1] for one in pair.directions}
     for i, sample in enumerate(results["per_sample_explanations"]):
         name = str(sample["sample_idx"]) if sample["sample_id"] is None else str(sample["sample_id"])
         modalities = sample.get("modalities")
         numbers = {"confidence": sample["confidence"], "alignment": sample["modality_agreement"]}
         numbers |= {} if modalities is None else {"support": modalities.support}
-        drawn = [_map(direction, lifts[i], results["axes"]) for direction, lifts in maps.items()]
+        drawn = [_map(one, lifts[i], results["axes"], tokens[one]) for one, lifts in maps.items()]
         yield SampleEntry(
             i,
             shown(name),
@@ -115,18 +118,19 @@ def list_batch(results: ExplainedBatch | dict[str, Any], pictures: Pictures) -> 
 
 
 def _draw_maps(result: DatasetResult, identity: tuple[int, int]) -> Iterator[Picture]:
-    for direction, values in result.maps.get(identity, {}).items():
-        yield _map(direction, values, result.axes)
+    for name, values in result.maps.get(identity, {}).items():
+        direction = Direction.parse(name)
+        tokens = next(iter(result.summaries.values())).tokens[direction]
+        yield _map(direction, values, result.axes, tokens if bin_sizes(*tokens) != (1, 1) else values.shape)
 
 
-def _map(name: str, lifts: Tensor, axes: Mapping[str, TokenAxis]) -> Picture:
-    """A sample's map, its longer side horizontal."""
+def _map(direction: Direction, lifts: Tensor, axes: Mapping[str, TokenAxis], tokens: Sequence[int]) -> Picture:
+    """A sample's map of so many queries and keys, its longer side horizontal."""
     from lightning_xattn.visualizations import map_picture  # matplotlib, only where a picture is wanted
 
-    direction = Direction.parse(name)
     known = lifts[lifts.isfinite()]
     span = f"lift {decimal(float(known.min()))} to {decimal(float(known.max()))}" if len(known) else "undefined"
-    queries, keys = lifts.shape
+    queries, keys = tokens
     down, across = _describe_axis(direction.query, queries, axes), _describe_axis(direction.key, keys, axes)
     if queries > keys:
         lifts, down, across = lifts.T, across, down
@@ -134,6 +138,9 @@ def _map(name: str, lifts: Tensor, axes: Mapping[str, TokenAxis]) -> Picture:
         f"{name_modality(direction.query)} asks {name_modality(direction.key)}: {span} (1: uniform; yellow: most). "
         f"From top to bottom: {down[1]}, {down[0]} … {down[2]}"
     )
+    if lifts.numel() < queries * keys:
+        by_query, by_key = bin_sizes(queries, keys)
+        title += f". Each cell is the mean of {by_query} x {by_key} tokens"
     return Picture(title, map_picture(lifts.float().numpy()), "png", (across[0], f"{across[1]} →", across[2]))
 
 
