@@ -154,13 +154,20 @@ class Axes:
         return separate_padding(unfolded)
 
 
-def find_visible_keys(scores: Tensor, weights: Tensor) -> Tensor:
+def find_visible_keys(scores: Tensor, weights: Tensor) -> Tensor | None:
     """Which keys a softmax does not hide, from its scores alone, whatever hides some: a mask added or filled in.
+
+    None where the scores are so close to each other that nothing can be hidden; a GPU, which would have to wait for the
+    answer, is not asked.
 
     A hidden key gets no weight and lies far below the row's largest score; of a row all keys are hidden whose largest
     score is about what a mask adds. A row with NaN or an infinite score is broken, not hidden: it counts as
     seeing what the other rows see.
     """
+    if scores.device.type == "cpu" and scores.numel():
+        low, high = (float(one) for one in scores.aminmax())
+        if high - low < _FAR_BELOW and low > _MASK + _FAR_BELOW:
+            return None
     largest = scores.amax(-1, keepdim=True)
     hidden = (weights == 0) & (scores <= largest - _FAR_BELOW)
     broken = largest.isnan() | largest.isposinf()

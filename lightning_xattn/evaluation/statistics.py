@@ -296,7 +296,8 @@ def sample_statistics(layer: LayerRows) -> SampleNumbers:
     )
     singles = [*of_layer.values(), *(of_direction[place] for place in places)]
     dtype = layer.directions[0].entropy.dtype
-    blocks = [torch.stack([one.to(dtype) for one in singles], 1), *(values.to(dtype) for _, _, values in heads)]
+    blocks = [torch.stack([one if one.dtype == dtype else one.to(dtype) for one in singles], 1)]
+    blocks += [values for _, _, values in heads]  # torch.cat finds a type for all
     return SampleNumbers(columns, torch.cat(blocks, 1))
 
 
