@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backend_bases import NonGuiException, RendererBase
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
@@ -23,6 +22,7 @@ from PIL import Image
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import clean
+from lightning_xattn.visualizations.letters import LettersCanvas
 
 COLOURS = colormaps["viridis"]
 
@@ -32,6 +32,10 @@ class WindowFigure(Figure):
 
     Names from data are among them: what no font can draw is written out, and a ``$`` begins no formula.
     """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        LettersCanvas(self)
 
     def draw(self, renderer: RendererBase) -> None:
         """Draw it, as matplotlib asks for any way out of a figure."""
@@ -135,7 +139,7 @@ def render(figure: Figure) -> NDArray[np.uint8]:
     >>> render(figure).shape[2]  # red, green, blue
     3
     """
-    canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves its methods untyped
+    canvas: Any = LettersCanvas(figure)  # matplotlib leaves its methods untyped
     with with_boxes():
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
