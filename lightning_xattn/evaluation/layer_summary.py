@@ -70,6 +70,8 @@ class LayerSummary:
     maps
         By direction ``(classes, queries, keys)``: attention averaged over heads and samples, NaN for an absent
         class; one map when there are no classes. Empty when the token counts changed between batches.
+    tokens
+        By direction how many queries and keys the maps are of.
     outcome_maps
         By direction ``(2, queries, keys)``: the same of the incorrect and of the correct predictions, as ``INCORRECT``
         and ``CORRECT`` say; NaN without any.
@@ -86,6 +88,7 @@ class LayerSummary:
         self.group_noun = sums.group_noun
         self.moments, self.ties = sums.moments, int(sums.ties)
         self.maps = {direction: _mean_maps(one)[: self.n_classes or 1] for direction, one in sums.maps.items()}
+        self.tokens = {direction: (one.shape[1], one.shape[2]) for direction, one in self.maps.items()}
         self.outcome_maps = {
             direction: _mean_maps(one)[[INCORRECT, CORRECT]] for direction, one in sums.outcome_maps.items()
         }

@@ -50,6 +50,30 @@ def limit_classes(result: DatasetResult, kept: Sequence[int] | None = None) -> D
     return result.merge_classes(result.largest_classes(SHOWN_CLASSES) if kept is None else kept)
 
 
+def attention_figure(
+    summary: LayerSummary, class_names: Sequence[str], *, classes_by: str, axes: Mapping[str, TokenAxis], context: str
+) -> Figure | None:
+    """Draw one layer's mean attention of each class on one page, both directions; None where there are no mean maps.
+
+    Parameters as `epoch_figures` takes them.
+    """
+    from lightning_xattn.visualizations import plot_attention_by_class  # matplotlib, only where figures are wanted
+
+    if not summary.maps:
+        return None
+    names = list(class_names) or ["all samples"]
+    direction, tokens = next(iter(summary.tokens.items()))
+    return plot_attention_by_class(
+        {str(one): maps for one, maps in summary.maps.items()},
+        [summary.size(class_id=i) for i in range(len(names))],
+        names,
+        axes=fitting_axes(axes, dict(zip((direction.query, direction.key), tokens, strict=True))),
+        tokens={str(one): counts for one, counts in summary.tokens.items()},
+        classes_by=classes_by if class_names else None,
+        context=context,
+    )
+
+
 def epoch_figures(
     summary: LayerSummary,
     scope: str,
@@ -82,7 +106,7 @@ def epoch_figures(
     outcomes = [summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT)]
     for direction, maps in summary.maps.items():
         by_outcome = summary.outcome_maps[direction][[CORRECT, INCORRECT]] if sum(outcomes) else maps[:0]
-        _, queries, keys = maps.shape
+        queries, keys = summary.tokens[direction]
         known = fitting_axes(axes, {direction.query: queries, direction.key: keys})
         figure = plot_class_attention(
             torch.cat([maps, by_outcome]),
@@ -91,6 +115,7 @@ def epoch_figures(
             direction=str(direction),
             query_axis=known.get(direction.query),
             key_axis=known.get(direction.key),
+            tokens=(queries, keys),
             classes_by=grouping,
             context=f"{context}; {queries} {shown(direction.query)} queries ask {keys} {shown(direction.key)} keys",
         )

@@ -23,6 +23,7 @@ from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import clean
 from lightning_xattn.visualizations.letters import LettersCanvas
+from lightning_xattn.visualizations.plots import Plot
 
 COLOURS = colormaps["viridis"]
 
@@ -31,11 +32,17 @@ class WindowFigure(Figure):
     """A figure whose ``show`` needs no pyplot figure, and whose texts are shown as they are.
 
     Names from data are among them: what no font can draw is written out, and a ``$`` begins no formula.
+
+    Attributes
+    ----------
+    plots : list of Plot
+        Its panels of curves, which are no axes.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         LettersCanvas(self)
+        self.plots: list[Plot] = []
 
     def draw(self, renderer: RendererBase) -> None:
         """Draw it, as matplotlib asks for any way out of a figure."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,14 +19,19 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.image import BboxImage
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETDOWN, CARETLEFT, CARETRIGHT, CARETUP
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike
+from matplotlib.transforms import Affine2D, Bbox, TransformedBbox
+from numpy.typing import ArrayLike, NDArray
 
-from lightning_xattn.core.names import shown
+from lightning_xattn.core.names import clean, shown
 from lightning_xattn.visualizations.drawing import text_inches, wrap
 from lightning_xattn.visualizations.output import COLOURS, WindowFigure
+from lightning_xattn.visualizations.plots import Plot, ticks_between, write_ticks
 
 PAGE_WIDTH = 4.5
 """Inches."""
@@ -43,7 +48,19 @@ NUMBERS = 0.22
 BESIDE = 0.5
 """Inches that the numbers beside a panel take."""
 
+KEY = 0.175
+"""Inches that a line of a legend takes."""
+TICK = 0.035
+"""Inches that a tick is long."""
+
+Limits = tuple[float, float]
+Piece = tuple[tuple[float, float], tuple[float, float]]
+"""A straight line: where it begins and where it ends."""
+
 _DPI = 144  # twice the pixels that are shown: for fine screens, and for a click, which enlarges
+CUT = "goes on beyond the panel"
+"""What a legend says of an interval that does."""
+
 _HANDLE = 0.33  # inches of a legend's line or patch, with the gap before its text
 _BETWEEN = 0.15  # inches between a legend's columns
 _NAME_LETTERS, _NAME_INCHES = 16, 1.45
@@ -70,6 +87,9 @@ class Page:
     def __init__(self, title: str, context: str) -> None:
         self.figure = WindowFigure(figsize=(PAGE_WIDTH, 1), dpi=_DPI)
         self.used = MARGIN
+        self._upright = Affine2D()  # complete where the page's height is known
+        self._inches = self._upright + self.figure.dpi_scale_trans
+        self._fonts = {size: FontProperties(size=size) for size in (SMALL, LARGE)}  # as texts make one each
         self._places: list[Callable[[float], object]] = []
         self._put(self.figure.suptitle("", x=0, y=0, ha="left", va="top"), title, LARGE)
         self.write(context)
@@ -85,6 +105,93 @@ class Page:
         artist.set(text=text, fontsize=size, parse_math=False)
         self._places.append(lambda height: artist.set_position((MARGIN / PAGE_WIDTH, 1 - top / height)))
         self.used += LINE * size / SMALL * len(text.splitlines()) + 0.03
+
+    def put_text(self, x: float, y: float, text: str, size: float = SMALL, **style: Any) -> Text:
+        """Write at a place, in inches from the upper left."""
+        one = Text(x, y, clean(text), fontproperties=self._fonts[size], parse_math=False, **style)
+        return self.put(one)
+
+    def put_lines(self, pieces: Sequence[Piece], **style: Any) -> None:
+        """Draw straight lines, whose ends are in inches from the upper left."""
+        if pieces:
+            points = np.array([point for piece in pieces for point in (*piece, (np.nan, np.nan))])
+            self.put(Line2D(*points.T, **style))
+
+    def put_image(self, place: Bbox, values: NDArray[Any], scale: Normalize) -> BboxImage:
+        """Colour a map's cells, all equally large; what is undefined stays as it is."""
+        image = BboxImage(
+            TransformedBbox(place, self._inches), cmap=COLOURS, norm=scale, interpolation="nearest", origin="lower"
+        )
+        image.set_interpolation_stage("rgba")  # colour the cells, which are fewer than pixels
+        image.set_data(values)
+        return self.put(image)
+
+    def put(self, artist: Any) -> Any:
+        """Add what has its place in inches from the upper left, unless it has a transform of its own."""
+        if not artist.is_transform_set():
+            artist.set_transform(self._inches)
+        return self.figure.add_artist(artist)
+
+    def plots(self, beside: Sequence[tuple[str, Limits, Limits]], height: float, label: str) -> list[Plot]:
+        """Add panels of curves side by side, each with its title and the limits of both its axes."""
+        width = (PAGE_WIDTH - RIGHT - BESIDE * len(beside)) / len(beside)
+        titles = [wrap(title, (PAGE_WIDTH - 2 * MARGIN) / len(beside) - 0.05, LARGE) for title, *_ in beside]
+        top = self.used + 0.1 + LARGE / SMALL * LINE * max(len(title.splitlines()) for title in titles)
+        self.used = top + height + NUMBERS + LINE
+        made = []
+        for place, (title, (_, xlim, ylim)) in enumerate(zip(titles, beside, strict=True)):
+            left = BESIDE + place * (width + BESIDE)
+            area = Bbox.from_extents(left, top, left + width, top + height)
+            made.append(Plot(self.figure, beside[place][0], label, area, self._inches, xlim, ylim))
+            middle = left + width / 2
+            self.put_text(middle, top - 0.05, title, LARGE, ha="center", va="bottom")
+            self.put_text(middle, top + height + NUMBERS - 0.01, label, ha="center", va="top")
+        self.figure.plots += made
+        return made
+
+    def frame(self, plot: Plot, is_whole: bool = False) -> None:
+        """Draw a plot's axes: two lines, ticks with their numbers, and a grid."""
+        area, ((left, right), (bottom, top)) = plot.area, (plot.xlim, plot.ylim)
+        across, up = ticks_between(left, right, is_whole=is_whole), ticks_between(bottom, top)
+        xs = [area.x0 + (one - left) / (right - left) * area.width for one in across]
+        ys = [area.y1 - (one - bottom) / (top - bottom) * area.height for one in up]
+        grid = [((x, area.y0), (x, area.y1)) for x in xs] + [((area.x0, y), (area.x1, y)) for y in ys]
+        self.put_lines(grid, color="0.9", linewidth=0.8, zorder=0.5)
+        ticks = [((x, area.y1), (x, area.y1 + TICK)) for x in xs] + [((area.x0 - TICK, y), (area.x0, y)) for y in ys]
+        corner = area.x0, area.y1
+        self.put_lines([(corner, (area.x1, area.y1)), (corner, (area.x0, area.y0)), *ticks], color="0", linewidth=0.8)
+        for x, text in zip(xs, write_ticks(across), strict=True):
+            self.put_text(x, area.y1 + TICK + 0.02, text, ha="center", va="top")
+        for y, text in zip(ys, write_ticks(up), strict=True):
+            self.put_text(area.x0 - TICK - 0.03, y, text, ha="right", va="center_baseline")
+        plot.xticks, plot.yticks = across, up
+
+    def note(self, plot: Plot) -> None:
+        """Write a plot's note in the place of its curves, in an empty frame."""
+        area = plot.area
+        corners = [(area.x0, area.y0), (area.x0, area.y1), (area.x1, area.y1)]
+        self.put_lines([(corners[0], corners[1]), (corners[1], corners[2])], color="0", linewidth=0.8)
+        middle = (area.x0 + area.x1) / 2, (area.y0 + area.y1) / 2
+        self.put_text(*middle, plot.note, ha="center", va="center", color="0.3")
+
+    def keys(self, *columns: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        """Say what curves mean, in a column of the page for each of these lists of names and looks."""
+        inches = (PAGE_WIDTH - 2 * MARGIN) / len(columns)
+        lines = [0]
+        for place, keys in enumerate(columns):
+            count = _columns_of([name for name, _ in keys], inches)
+            entries = np.array_split(np.arange(len(keys)), count) if keys else []
+            x = MARGIN + place * inches
+            for column in entries:
+                for row, index in enumerate(column):
+                    name, look = keys[index]
+                    y = self.used + 0.04 + KEY * (row + 0.5)
+                    handle = [x, x + 0.12, x + 0.24], [y, y, y]
+                    self.put(Line2D(*handle, markevery=[1], **look))
+                    self.put_text(x + _HANDLE, y, name, va="center_baseline")
+                x += max(_HANDLE + text_inches(keys[index][0], SMALL) for index in column) + _BETWEEN
+            lines += [len(column) for column in entries]
+        self.used += 0.04 + KEY * max(lines)
 
     def name_axes(self, across: str, down: str, since: float) -> None:
         """Title both axes of the panels that were added since ``since`` inches were filled."""
@@ -162,7 +269,7 @@ class Page:
         self._places.append(
             lambda page: legend.set_bbox_to_anchor((left / PAGE_WIDTH, 1 - top / page), self.figure.transFigure)
         )
-        return 0.175 * math.ceil(len(labels) / columns)
+        return KEY * math.ceil(len(labels) / columns)
 
     def colour_bar(self, scale: Normalize, label: str, left: float, mark: float | None = None) -> None:
         """Put a scale's colour bar across the page, its meaning below, and a line at one of its values."""
@@ -182,6 +289,7 @@ class Page:
         """Set the page's height, and place everything."""
         height = self.used + MARGIN
         self.figure.set_figheight(height)
+        self._upright.scale(1, -1).translate(0, height)
         for place in self._places:
             place(height)
         return self.figure
@@ -252,4 +360,4 @@ def mark_cut(
 def cut_key() -> Artist:
     """What a legend says of `mark_cut`."""
     marker: Any = CARETRIGHT  # matplotlib's types take its value alone
-    return Line2D([], [], color="black", marker=marker, linestyle="", label="goes on beyond the panel")
+    return Line2D([], [], color="black", marker=marker, linestyle="", label=CUT)
