@@ -52,6 +52,17 @@ class Run:
     """The names of the curves that were logged."""
     layers: dict[str, None] = field(default_factory=dict)
     """The names of the layers that were recorded."""
+    undrawn: Callable[[Trainer], None] | None = None
+    """Draws what is left of the last recorded epoch of a fit; None: nothing is."""
+
+    def draw_rest(self) -> None:
+        """At the end of a fit, hand its loggers what is left; whatever goes wrong is a warning."""
+        draw, self.undrawn, trainer = self.undrawn, None, self.trainer()
+        try:
+            if draw is not None and trainer is not None:
+                draw(trainer)
+        except Exception as error:  # whatever it is, the user's run goes on
+            warn(f"The last epoch of the fit could not be drawn. {describe_error(error)}", once=True)
 
     @contextmanager
     def refusing(self, settings: Settings, *names: str, dataloader: int = 0) -> Iterator[None]:
