@@ -18,7 +18,6 @@ from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import SINGLE_KEY
 from lightning_xattn.visualizations.drawing import (
-    LONGEST_NAME,
     UNDEFINED,
     MapAxis,
     arrow,
@@ -35,6 +34,7 @@ from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pages import LINE, MARGIN, NUMBERS, PAGE_WIDTH, RIGHT, SMALL, TICK, Page
 from lightning_xattn.visualizations.plots import ticks_between, write_ticks
 
+_LONGEST_NAME = 30  # characters of a class's name, which stands in one line
 _GAP = 0.14  # inches between the directions
 _COLUMNS = 400  # of a map whose tokens are not equally wide
 
@@ -130,7 +130,7 @@ def plot_attention_by_class(
     _head(page, columns, sizes)
     since = page.used
     for i, name in enumerate(class_names):
-        title = f"{shown(name, LONGEST_NAME)} (n={int(samples[i])})"
+        title = f"{shown(name, _LONGEST_NAME)} (n={int(samples[i])})"
         _draw_class(page, columns, i, title, "undefined" if samples[i] else "no samples", (across, down), height)
     last = page.used
     for column in columns:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backend_bases import NonGuiException, RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
@@ -66,9 +67,12 @@ class WindowFigure(Figure):
         from matplotlib import pyplot
 
         make_manager: Any = pyplot.new_figure_manager  # matplotlib leaves it untyped
+        canvas = self.canvas
         # ImportError: the backend that was asked for has no screen or is not installed.
         with suppress(NonGuiException, ImportError):
             make_manager(0, FigureClass=lambda: self).show()
+        if type(self.canvas) is FigureCanvasAgg:  # no window
+            self.set_canvas(canvas)
 
 
 def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:

@@ -119,9 +119,8 @@ class Page:
 
     def put_image(self, place: Bbox, values: NDArray[Any], scale: Normalize) -> BboxImage:
         """Colour a map's cells, all equally large; what is undefined stays as it is."""
-        image = BboxImage(
-            TransformedBbox(place, self._inches), cmap=COLOURS, norm=scale, interpolation="nearest", origin="lower"
-        )
+        where = TransformedBbox(place, self._inches)
+        image = BboxImage(where, cmap=COLOURS, norm=scale, interpolation="nearest", origin="upper")
         image.set_interpolation_stage("rgba")  # colour the cells, which are fewer than pixels
         image.set_data(values)
         return self.put(image)

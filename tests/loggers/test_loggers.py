@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.core.files import path_of
-from lightning_xattn.loggers import WRITERS, LoggerWriters
+from lightning_xattn.loggers import WRITERS, LoggerWriters, Picture
 from lightning_xattn.loggers.writers import FolderWriter
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
@@ -197,6 +197,9 @@ def test_a_trial_run_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+BLACK = Picture(np.zeros((2, 3, 3), np.uint8))
+
+
 def small_figures():
     yield OVERVIEW, Figure(figsize=(1, 1))
 
@@ -276,7 +279,7 @@ def test_any_names_are_two_files_that_can_be_written(tmp_path):
         "漢" * 200,
         "漢" * 201,
     ]
-    FolderWriter(None, tmp_path).log_images({f"map/{name}": np.zeros((2, 3, 3), np.uint8) for name in names}, 0)
+    FolderWriter(None, tmp_path).log_images({f"map/{name}": BLACK for name in names}, 0)
     written = list((tmp_path / "map").glob("*/step_000000.png"))
     assert len(written) == len(names)
     assert all(path.parent.name.isprintable() and len(path.parent.name.encode()) < 120 for path in written)

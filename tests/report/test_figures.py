@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
@@ -204,7 +203,7 @@ SHOWN = {
 def test_each_curve_of_the_overview_is_what_the_records_say(records):
     figure = overview_figure([one | {"support/delta_auroc": 0.1} for one in records], "val, epoch 3")
     assert "val, epoch 3" in texts(figure)
-    shown, said = {panel.get_title().replace("\n", " "): panel for panel in panels(figure)}, records[1:]
+    shown, said = {plot.title: plot for plot in figure.plots}, records[1:]
     assert list(shown) == list(SHOWN)
     references = {
         "alignment": ("null", [one["alignment/null"] for one in said]),
@@ -212,41 +211,41 @@ def test_each_curve_of_the_overview_is_what_the_records_say(records):
         "detects errors (AUROC)": ("chance", [0.5] * 3),
     }
     for title, (topic, names) in SHOWN.items():
-        lines = {line.get_label(): line for line in shown[title].lines if not line.get_label().startswith("_")}
+        lines = {line.get_label(): line for line in shown[title].lines}
         name, values = references.get(title, ("", []))
         assert list(lines) == [*names, name][: len(names) + bool(name)]
-        bands = [band for band in shown[title].collections if isinstance(band, PolyCollection)]
-        for band, curve in zip(bands, names, strict=True):
+        assert list(shown[title].bands) == names
+        for curve, band in shown[title].bands.items():
             key = f"{topic}{curve.split()[-1]}_auroc" if topic == "outcome/" else topic + curve.replace(" ", "_")
             assert lines[curve].get_xdata().tolist() == [0, 2, 3]
             np.testing.assert_allclose(lines[curve].get_ydata(), [one[key] for one in said])
             # The edge goes along the lower ends and back along the upper ones.
             low, high = ([one[f"{key}_{end}"] for one in said] for end in ("low", "high"))
             assert low[0] < lines[curve].get_ydata()[0] < high[0]
-            edge = {tuple(point) for point in band.get_paths()[0].vertices.round(9)}
+            edge = {tuple(point) for point in band.get_path().vertices.round(9)}
             ends = {(x, round(y, 9)) for x, y in zip([0, 2, 3] * 2, [*low, *high], strict=True)}
             assert edge == ends
             if curve in LOOKS:
                 assert lines[curve].get_color() == LOOKS[curve].colour
-            np.testing.assert_allclose(band.get_facecolor()[0][:3], to_rgb(lines[curve].get_color()))
+            np.testing.assert_allclose(band.get_facecolor()[:3], to_rgb(lines[curve].get_color()))
         if name:
             assert lines[name].get_ydata() == pytest.approx(values)
 
 
 def test_a_single_evaluation_has_points_with_bars(records):
     (test, *_), figure = records, overview_figure(records[:1], "test")
-    probes = next(panel for panel in panels(figure) if panel.get_title() == "accuracy of each probe")
-    for name, bars in zip(("left", "right", "joint"), probes.containers, strict=True):
+    probes = next(plot for plot in figure.plots if plot.title == "accuracy of each probe")
+    for name in ("left", "right", "joint"):
         (line,) = (line for line in probes.lines if line.get_label() == name)
         assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([9], [test[f"probe/{name}"]])
-        ends = bars.lines[2][0].get_segments()[0][:, 1]
+        ends = probes.bars[name].get_ydata()
         assert ends == pytest.approx([test[f"probe/{name}_low"], test[f"probe/{name}_high"]])
 
 
 def test_what_is_no_share_has_its_size(records):
     numbers = {f"contribution/size/{name}{end}": 7.0 for name in ("left", "right") for end in ("", "_low", "_high")}
     regression = {name: value for name, value in records[1].items() if not name.startswith("contribution")} | numbers
-    shown = {panel.get_title().replace("\n", " "): panel for panel in panels(overview_figure([regression], "val"))}
+    shown = {plot.title: plot for plot in overview_figure([regression], "val").plots}
     assert "share of the contribution" not in shown
     lines = {line.get_label(): line.get_ydata().tolist() for line in shown["size of the contribution"].lines}
     assert (lines["left"], lines["right"]) == ([7], [7])
@@ -331,7 +330,11 @@ def test_what_the_figures_of_a_layer_are_drawn_of(monkeypatch):
         queries, keys = (5, 7) if direction.query == "eeg" else (7, 5)
         asked = f"here; {queries} {direction.query} queries ask {keys} {direction.key} keys"
         of_axes = {"query_axis": axes[direction.query], "key_axis": axes[direction.key]}
-        assert settings == said | of_axes | {"direction": str(direction), "context": asked}
+        assert settings == said | of_axes | {
+            "direction": str(direction),
+            "context": asked,
+            "tokens": (queries, keys),
+        }
         of_outcomes = one.outcome_maps[direction]
         expected = [*one.maps[direction], of_outcomes[CORRECT], of_outcomes[INCORRECT]]
         np.testing.assert_array_equal(maps, np.stack(expected))
@@ -417,7 +420,7 @@ def test_of_many_layers_four_are_shown_from_the_first_to_the_last():
 def test_an_undefined_number_is_drawn_nowhere(records):
     gone = records[2] | {"probe/left": math.nan}
     figure = overview_figure([records[1], gone, records[3]], "val")
-    probes = next(panel for panel in panels(figure) if panel.get_title() == "accuracy of each probe")
+    probes = next(plot for plot in figure.plots if plot.title == "accuracy of each probe")
     assert np.isnan(probes.lines[0].get_ydata()).tolist() == [False, True, False]
 
 
