@@ -226,7 +226,7 @@ class AttentionExplainabilityCallback(Callback):
             raise SettingError(f"curves must be one of {', '.join(CURVES)}; got {curves!r}.")
         if figures not in FIGURES:
             raise SettingError(
-                f"figures must be one of {', '.join(FIGURES)}; got {figures!r}. For no figures: figures_every_n_epochs=0."
+                f"figures must be one of {', '.join(FIGURES)}; got {figures!r}. For none: figures_every_n_epochs=0."
             )
         self.curves, self.figures = curves, figures
         self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, faithfulness_every_n_epochs, every_n_batches)

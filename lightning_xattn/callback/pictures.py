@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import Trainer
 
-from lightning_xattn.core.notices import info
+from lightning_xattn.core.notices import describe_error, info, warn
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.loggers import LoggerWriters
 from lightning_xattn.report import create_explainability_report
@@ -103,6 +103,12 @@ class Pictures:
 
     def log(self, trainer: Trainer, main: bool, rest: bool) -> None:
         """Hand the two main figures, all the rest, or both to the Trainer's loggers; what fails is a warning."""
+        try:
+            self._log(trainer, main, rest)
+        except Exception as error:  # whatever it is, the user's run goes on
+            warn(f"'{self.drawn[0].title}' could not be drawn. {describe_error(error)}", once=True)
+
+    def _log(self, trainer: Trainer, main: bool, rest: bool) -> None:
         root = str(trainer.default_root_dir)
         writers = LoggerWriters(trainer.loggers, Path("." if "://" in root else root) / OUTPUT_FOLDER)
         info((f"Figures and reports are written to {folder}." for folder in writers.folders), once=True)
@@ -113,7 +119,7 @@ class Pictures:
             if rest:
                 self._log_report(writers, one)
         for tag, path in self.tables.items() if rest else ():
-            writers.log("tables", lambda path=path: path, partial(self._log_table, tag))
+            self._log_table(writers, tag, path)
 
     def _figures(self, one: Drawn, main: bool, rest: bool) -> Iterator[tuple[str, Figure]]:
         if main:
@@ -129,8 +135,8 @@ class Pictures:
             page = partial(create_explainability_report, one.whole, format="html")
             writers.log("pages", page, lambda writer, made: writer.log_page(tag, made, step))
 
-    def _log_table(self, tag: str, writer: Any, path: Path) -> None:
-        writer.log_table(tag, path, self.step)
+    def _log_table(self, writers: LoggerWriters, tag: str, path: Path) -> None:
+        writers.log("tables", lambda: path, lambda writer, made: writer.log_table(tag, made, self.step))
 
 
 def may_draw(trainer: Trainer) -> bool:

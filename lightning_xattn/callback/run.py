@@ -56,13 +56,10 @@ class Run:
     """Draws what is left of the last recorded epoch of a fit; None: nothing is."""
 
     def draw_rest(self) -> None:
-        """At the end of a fit, hand its loggers what is left; whatever goes wrong is a warning."""
+        """At the end of a fit, hand its loggers what is left."""
         draw, self.undrawn, trainer = self.undrawn, None, self.trainer()
-        try:
-            if draw is not None and trainer is not None:
-                draw(trainer)
-        except Exception as error:  # whatever it is, the user's run goes on
-            warn(f"The last epoch of the fit could not be drawn. {describe_error(error)}", once=True)
+        if draw is not None and trainer is not None:
+            draw(trainer)
 
     @contextmanager
     def refusing(self, settings: Settings, *names: str, dataloader: int = 0) -> Iterator[None]:

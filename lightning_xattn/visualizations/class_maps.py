@@ -160,7 +160,9 @@ def _check_directions(weights: Mapping[Direction, NDArray[Any]]) -> Direction:
     for other in others:
         shapes = weights[first].shape[1:], weights[other].shape[1:]
         if shapes[0] != shapes[1][::-1]:
-            raise ShapeError(f"'{first}' has {shapes[0]} queries and keys, '{other}' must have the reverse of it, not {shapes[1]}.")
+            raise ShapeError(
+                f"'{first}' has {shapes[0]} queries and keys, '{other}' must have them reversed; got {shapes[1]}."
+            )
     return first
 
 
@@ -228,7 +230,8 @@ def _evenly(axis: MapAxis) -> NDArray[np.int64]:
     if np.allclose(np.diff(edges), (edges[-1] - edges[0]) / cells):
         return np.arange(cells)
     places = edges[0] + (np.arange(_COLUMNS) + 0.5) / _COLUMNS * (edges[-1] - edges[0])
-    return np.clip(np.searchsorted(edges, places, "right") - 1, 0, cells - 1)
+    cell: NDArray[np.int64] = np.searchsorted(edges, places, "right") - 1
+    return cell.clip(0, cells - 1)
 
 
 def _ticks(axis: MapAxis, inches: float, per_tick: float) -> list[tuple[float, str]]:
@@ -256,8 +259,8 @@ def _label_across(page: Page, across: MapAxis, left: float, width: float) -> Non
     page.put_lines([((left + share * width, top), (left + share * width, top + TICK)) for share, _ in ticks], **_INK)
     turned = across.names is not None and across.are_turned(width)
     for share, text in ticks:
-        place = {"rotation": 90, "rotation_mode": "default"} if turned else {}
-        page.put_text(left + share * width, top + TICK + 0.02, text, ha="center", va="top", **place)
+        style: dict[str, Any] = {"ha": "center", "va": "top", "rotation": 90 if turned else 0}
+        page.put_text(left + share * width, top + TICK + 0.02, text, **style)
 
 
 _INK: dict[str, Any] = {"color": "black", "linewidth": 0.8}

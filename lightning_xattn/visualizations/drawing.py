@@ -96,9 +96,7 @@ class MapAxis:
         return (max(text_inches(name, 9) for name in self.names) + 0.08) * len(self.names) > inches
 
 
-def place_tokens(
-    role: str, modality: str, cells: int, axis: TokenAxis | None, tokens: int | None = None
-) -> MapAxis:
+def place_tokens(role: str, modality: str, cells: int, axis: TokenAxis | None, tokens: int | None = None) -> MapAxis:
     """Place the cells of a map's axis.
 
     Parameters

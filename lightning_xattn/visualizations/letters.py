@@ -1,4 +1,4 @@
-"""Letters that are drawn once: figures of later epochs say the same words, and matplotlib would draw each letter anew."""
+"""Letters that are drawn once: later epochs' figures say the same words, and matplotlib draws each letter anew."""
 
 from __future__ import annotations
 

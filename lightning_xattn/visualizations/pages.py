@@ -109,7 +109,8 @@ class Page:
     def put_text(self, x: float, y: float, text: str, size: float = SMALL, **style: Any) -> Text:
         """Write at a place, in inches from the upper left."""
         one = Text(x, y, clean(text), fontproperties=self._fonts[size], parse_math=False, **style)
-        return self.put(one)
+        self.put(one)
+        return one
 
     def put_lines(self, pieces: Sequence[Piece], **style: Any) -> None:
         """Draw straight lines, whose ends are in inches from the upper left."""
@@ -123,13 +124,14 @@ class Page:
         image = BboxImage(where, cmap=COLOURS, norm=scale, interpolation="nearest", origin="upper")
         image.set_interpolation_stage("rgba")  # colour the cells, which are fewer than pixels
         image.set_data(values)
-        return self.put(image)
+        self.put(image)
+        return image
 
-    def put(self, artist: Any) -> Any:
+    def put(self, artist: Any) -> None:
         """Add what has its place in inches from the upper left, unless it has a transform of its own."""
         if not artist.is_transform_set():
             artist.set_transform(self._inches)
-        return self.figure.add_artist(artist)
+        self.figure.add_artist(artist)
 
     def plots(self, beside: Sequence[tuple[str, Limits, Limits]], height: float, label: str) -> list[Plot]:
         """Add panels of curves side by side, each with its title and the limits of both its axes."""

@@ -1,4 +1,4 @@
-"""Panels of curves without matplotlib's axes, whose making, ticks and layout take 30 ms each and a fit's epochs wait."""
+"""Panels of curves without matplotlib's axes, which take 30 ms each to make and to draw, for which a fit waits."""
 
 from __future__ import annotations
 
@@ -74,9 +74,10 @@ class Plot:
 
     def band(self, name: str, x: NDArray[Any], low: NDArray[Any], high: NDArray[Any], colour: str) -> None:
         """Fill what is between the ends of a curve's intervals."""
+        known = np.flatnonzero(np.isfinite(low + high))
+        runs = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if len(known) else []
         outlines = [
-            np.concatenate([np.stack([x[run], low[run]], 1), np.stack([x[run], high[run]], 1)[::-1]])
-            for run in np.ma.clump_unmasked(np.ma.masked_invalid(low + high))
+            np.concatenate([np.stack([x[run], low[run]], 1), np.stack([x[run], high[run]], 1)[::-1]]) for run in runs
         ]
         if outlines:
             # A path's last vertex, which only closes it, needs a place.

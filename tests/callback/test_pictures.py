@@ -90,7 +90,7 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(Drawn, "main_figures", main)
     monkeypatch.setattr(Drawn, "other_figures", others)
-    monkeypatch.setattr(pictures_module, "create_explainability_report", lambda whole, format: "# A report")
+    monkeypatch.setattr(pictures_module, "create_explainability_report", lambda whole, **form: "# A report")
 
 
 REST = {"xattn_entropy/val/by_head"}
@@ -179,7 +179,7 @@ def test_a_fit_that_ends_early_has_everything_of_its_last_epoch(end, tmp_path):
         def on_validation_epoch_end(self, trainer, pl_module):
             trainer.should_stop = trainer.current_epoch == 1
 
-    stopper = EarlyStopping("xattn_entropy/val/all", min_delta=9.0, patience=1, check_finite=False)
+    stopper = EarlyStopping("xattn_alignment/val/all", min_delta=9.0, patience=1, check_finite=False)
     others = {"early stopping": [stopper], "a stop that was asked for": [Asks()]}.get(end, [])
     settings = {"max_steps": 2 * STEPS + 2, "max_epochs": -1} if end == "max_steps" else {"max_epochs": 9}
     _, events = fit(tmp_path, AttentionExplainabilityCallback(), others=others, **settings)
@@ -272,15 +272,17 @@ def test_a_logger_that_fails_at_the_end_ends_nothing(tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_our_own_failure_at_the_end_ends_nothing(tmp_path, monkeypatch):
-    class Breaks(Callback):
-        def on_train_end(self, trainer, pl_module):
-            monkeypatch.setattr(pictures_module, "LoggerWriters", None)
+@pytest.mark.parametrize("when", ["setup", "on_train_end"])
+def test_our_own_failure_ends_nothing_and_loses_no_record(when, tmp_path, monkeypatch):
+    def breaks(self, *args, **kwargs):
+        monkeypatch.setattr(pictures_module, "LoggerWriters", None)
 
-    with pytest.warns(XAttnWarning, match=tells("The last epoch of the fit could not be drawn", "NoneType")):
-        trainer, events = fit(tmp_path, AttentionExplainabilityCallback(), others=[Breaks()])
+    watch = AttentionExplainabilityCallback()
+    with pytest.warns(XAttnWarning, match=tells("val, epoch 0", "could not be drawn", "NoneType")):
+        trainer, events = fit(tmp_path, watch, others=[type("Breaks", (Callback,), {when: breaks})()])
     assert trainer.state.finished
-    assert images_of(events) == {0: MAIN}
+    assert len(watch.history) == 1
+    assert images_of(events) == ({} if when == "setup" else {0: MAIN})
 
 
 @pytest.mark.usefixtures("quick")

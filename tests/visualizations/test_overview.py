@@ -37,8 +37,8 @@ def legend_of(figure):
     """What is written beside each of the legends' lines, in the order of the page's columns."""
     written = {text.get_position(): text.get_text() for text in figure.findobj(Text)}
     lines = [line for line in figure.findobj(Line2D) if line.get_markevery() == [1]]
-    return [next(text for (x, y), text in written.items() if y == line.get_ydata()[0] and 0 < x - line.get_xdata()[-1] < 0.2)
-            for line in lines]  # fmt: skip
+    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
+    return [next(text for (x, y), text in written.items() if y == end[1] and 0 < x - end[0] < 0.2) for end in ends]
 
 
 def test_each_curve_has_its_numbers_its_band_and_its_entry_in_the_legend():
