@@ -9,16 +9,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.markers import CARETRIGHT
+from matplotlib.transforms import Bbox
 
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.visualizations.drawing import HUES, LOOKS, NULL
+from lightning_xattn.visualizations.drawing import HUES, LOOKS, NULL, text_inches, wrap
 from lightning_xattn.visualizations.output import save
-from lightning_xattn.visualizations.pages import CUT, Page
-from lightning_xattn.visualizations.plots import Plot
+from lightning_xattn.visualizations.pages import (
+    BESIDE,
+    BETWEEN,
+    CUT,
+    HANDLE,
+    KEY,
+    LARGE,
+    LINE,
+    MARGIN,
+    NUMBERS,
+    PAGE_WIDTH,
+    RIGHT,
+    SMALL,
+    TICK,
+    Page,
+    Piece,
+    columns_of,
+)
+from lightning_xattn.visualizations.plots import Plot, ticks_between, write_ticks
 
 _DASHES = "-", "--", "-.", ":"
 _HEIGHT = 1.35  # inches
+_INK: dict[str, Any] = {"color": "black", "linewidth": 0.8}
 
 Key = tuple[str, dict[str, Any]]
 """What a legend says: a name, and how it looks."""
@@ -99,9 +119,26 @@ def plot_epochs(
     for start in range(0, len(panels), 2):
         beside = panels[start : start + 2]
         page.skip(0.06)
-        plots = page.plots([(panel.title, _moments(panel), _range(panel)) for panel in beside], _HEIGHT, unit)
-        page.keys(*(_draw(page, plot, panel) for plot, panel in zip(plots, beside, strict=True)))
+        plots = _add_plots(page, beside, unit)
+        _write_keys(page, [_draw(page, plot, panel) for plot, panel in zip(plots, beside, strict=True)])
     return save(page.finish(), save_path)
+
+
+def _add_plots(page: Page, panels: Sequence[Panel], unit: str) -> list[Plot]:
+    """Make room for panels side by side, and name them."""
+    width = (PAGE_WIDTH - RIGHT - BESIDE * len(panels)) / len(panels)
+    titles = [wrap(panel.title, (PAGE_WIDTH - 2 * MARGIN) / len(panels) - 0.05, LARGE) for panel in panels]
+    top = page.used + 0.1 + LARGE / SMALL * LINE * max(len(title.splitlines()) for title in titles)
+    page.used = top + _HEIGHT + NUMBERS + LINE
+    plots = []
+    for place, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+        left = BESIDE + place * (width + BESIDE)
+        area = Bbox.from_extents(left, top, left + width, top + _HEIGHT)
+        plots.append(Plot(page.figure, panel.title, unit, area, page.inches, _moments(panel), _range(panel)))
+        page.put_text(left + width / 2, top - 0.05, title, LARGE, ha="center", va="bottom")
+        page.put_text(left + width / 2, area.y1 + NUMBERS - 0.01, unit, ha="center", va="top")
+    page.figure.plots += plots
+    return plots
 
 
 def _moments(panel: Panel) -> tuple[float, float]:
@@ -127,9 +164,9 @@ def _draw(page: Page, plot: Plot, panel: Panel) -> list[Key]:
     name, reference = panel.reference
     if not any(math.isfinite(one) for curve in panel.curves for one in (*curve.values, *reference)):
         plot.note = "not computed"
-        page.note(plot)
+        _write_note(page, plot)
         return []
-    page.frame(plot, is_whole=True)
+    _draw_frame(page, plot)
     keys: list[Key] = []
     is_cut = False
     for place, curve in enumerate(panel.curves):
@@ -158,3 +195,49 @@ def _look_of(name: str, place: int) -> dict[str, Any]:
     face = "white" if look and not look.is_filled else colour
     style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4.5}
     return style | {"markerfacecolor": face}
+
+
+def _draw_frame(page: Page, plot: Plot) -> None:
+    """Draw a plot's axes: two lines, ticks with their numbers, and a grid."""
+    area, ((left, right), (bottom, top)) = plot.area, (plot.xlim, plot.ylim)
+    plot.xticks, plot.yticks = ticks_between(left, right, is_whole=True), ticks_between(bottom, top)
+    xs = [area.x0 + (one - left) / (right - left) * area.width for one in plot.xticks]
+    ys = [area.y1 - (one - bottom) / (top - bottom) * area.height for one in plot.yticks]
+    grid = [((x, area.y0), (x, area.y1)) for x in xs] + [((area.x0, y), (area.x1, y)) for y in ys]
+    page.put_lines(grid, color="0.9", linewidth=0.8, zorder=0.5)
+    ticks = [((x, area.y1), (x, area.y1 + TICK)) for x in xs] + [((area.x0 - TICK, y), (area.x0, y)) for y in ys]
+    page.put_lines([*_edges(area), *ticks], **_INK)
+    for x, text in zip(xs, write_ticks(plot.xticks), strict=True):
+        page.put_text(x, area.y1 + TICK + 0.02, text, ha="center", va="top")
+    for y, text in zip(ys, write_ticks(plot.yticks), strict=True):
+        page.put_text(area.x0 - TICK - 0.03, y, text, ha="right", va="center_baseline")
+
+
+def _write_note(page: Page, plot: Plot) -> None:
+    """Write a plot's note in the place of its curves, in an empty frame."""
+    page.put_lines(_edges(plot.area), **_INK)
+    middle = (plot.area.x0 + plot.area.x1) / 2, (plot.area.y0 + plot.area.y1) / 2
+    page.put_text(*middle, plot.note, ha="center", va="center", color="0.3")
+
+
+def _edges(area: Bbox) -> list[Piece]:
+    """The left one and the lower one."""
+    return [((area.x0, area.y1), (area.x1, area.y1)), ((area.x0, area.y1), (area.x0, area.y0))]
+
+
+def _write_keys(page: Page, columns: Sequence[Sequence[Key]]) -> None:
+    """Say what curves mean, in a column of the page for each panel."""
+    inches = (PAGE_WIDTH - 2 * MARGIN) / len(columns)
+    lines = [0]
+    for place, keys in enumerate(columns):
+        x = MARGIN + place * inches
+        count = columns_of([name for name, _ in keys], inches) if keys else 0
+        for column in np.array_split(np.arange(len(keys)), count) if keys else ():
+            for row, index in enumerate(column):
+                name, look = keys[index]
+                y = page.used + 0.04 + KEY * (row + 0.5)
+                page.put(Line2D([x, x + 0.12, x + 0.24], [y, y, y], markevery=[1], **look))
+                page.put_text(x + HANDLE, y, name, va="center_baseline")
+            x += max(HANDLE + text_inches(keys[index][0], SMALL) for index in column) + BETWEEN
+            lines.append(len(column))
+    page.used += 0.04 + KEY * max(lines)

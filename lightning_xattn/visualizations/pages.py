@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +31,6 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_xattn.core.names import clean, shown
 from lightning_xattn.visualizations.drawing import text_inches, wrap
 from lightning_xattn.visualizations.output import COLOURS, WindowFigure
-from lightning_xattn.visualizations.plots import Plot, ticks_between, write_ticks
 
 PAGE_WIDTH = 4.5
 """Inches."""
@@ -53,7 +52,6 @@ KEY = 0.175
 TICK = 0.035
 """Inches that a tick is long."""
 
-Limits = tuple[float, float]
 Piece = tuple[tuple[float, float], tuple[float, float]]
 """A straight line: where it begins and where it ends."""
 
@@ -61,8 +59,10 @@ _DPI = 144  # twice the pixels that are shown: for fine screens, and for a click
 CUT = "goes on beyond the panel"
 """What a legend says of an interval that does."""
 
-_HANDLE = 0.33  # inches of a legend's line or patch, with the gap before its text
-_BETWEEN = 0.15  # inches between a legend's columns
+HANDLE = 0.33
+"""Inches of a legend's line or patch, with the gap before its text."""
+BETWEEN = 0.15
+"""Inches between a legend's columns."""
 _NAME_LETTERS, _NAME_INCHES = 16, 1.45
 
 
@@ -82,13 +82,15 @@ class Page:
         What is drawn on; complete after `finish`.
     used : float
         Inches from the top that are filled.
+    inches : Transform
+        From inches from the upper left to the figure.
     """
 
     def __init__(self, title: str, context: str) -> None:
         self.figure = WindowFigure(figsize=(PAGE_WIDTH, 1), dpi=_DPI)
         self.used = MARGIN
         self._upright = Affine2D()  # complete where the page's height is known
-        self._inches = self._upright + self.figure.dpi_scale_trans
+        self.inches = self._upright + self.figure.dpi_scale_trans
         self._fonts = {size: FontProperties(size=size) for size in (SMALL, LARGE)}  # as texts make one each
         self._places: list[Callable[[float], object]] = []
         self._put(self.figure.suptitle("", x=0, y=0, ha="left", va="top"), title, LARGE)
@@ -120,7 +122,7 @@ class Page:
 
     def put_image(self, place: Bbox, values: NDArray[Any], scale: Normalize) -> BboxImage:
         """Colour a map's cells, all equally large; what is undefined stays as it is."""
-        where = TransformedBbox(place, self._inches)
+        where = TransformedBbox(place, self.inches)
         image = BboxImage(where, cmap=COLOURS, norm=scale, interpolation="nearest", origin="upper")
         image.set_interpolation_stage("rgba")  # colour the cells, which are fewer than pixels
         image.set_data(values)
@@ -130,69 +132,8 @@ class Page:
     def put(self, artist: Any) -> None:
         """Add what has its place in inches from the upper left, unless it has a transform of its own."""
         if not artist.is_transform_set():
-            artist.set_transform(self._inches)
+            artist.set_transform(self.inches)
         self.figure.add_artist(artist)
-
-    def plots(self, beside: Sequence[tuple[str, Limits, Limits]], height: float, label: str) -> list[Plot]:
-        """Add panels of curves side by side, each with its title and the limits of both its axes."""
-        width = (PAGE_WIDTH - RIGHT - BESIDE * len(beside)) / len(beside)
-        titles = [wrap(title, (PAGE_WIDTH - 2 * MARGIN) / len(beside) - 0.05, LARGE) for title, *_ in beside]
-        top = self.used + 0.1 + LARGE / SMALL * LINE * max(len(title.splitlines()) for title in titles)
-        self.used = top + height + NUMBERS + LINE
-        made = []
-        for place, (title, (_, xlim, ylim)) in enumerate(zip(titles, beside, strict=True)):
-            left = BESIDE + place * (width + BESIDE)
-            area = Bbox.from_extents(left, top, left + width, top + height)
-            made.append(Plot(self.figure, beside[place][0], label, area, self._inches, xlim, ylim))
-            middle = left + width / 2
-            self.put_text(middle, top - 0.05, title, LARGE, ha="center", va="bottom")
-            self.put_text(middle, top + height + NUMBERS - 0.01, label, ha="center", va="top")
-        self.figure.plots += made
-        return made
-
-    def frame(self, plot: Plot, is_whole: bool = False) -> None:
-        """Draw a plot's axes: two lines, ticks with their numbers, and a grid."""
-        area, ((left, right), (bottom, top)) = plot.area, (plot.xlim, plot.ylim)
-        across, up = ticks_between(left, right, is_whole=is_whole), ticks_between(bottom, top)
-        xs = [area.x0 + (one - left) / (right - left) * area.width for one in across]
-        ys = [area.y1 - (one - bottom) / (top - bottom) * area.height for one in up]
-        grid = [((x, area.y0), (x, area.y1)) for x in xs] + [((area.x0, y), (area.x1, y)) for y in ys]
-        self.put_lines(grid, color="0.9", linewidth=0.8, zorder=0.5)
-        ticks = [((x, area.y1), (x, area.y1 + TICK)) for x in xs] + [((area.x0 - TICK, y), (area.x0, y)) for y in ys]
-        corner = area.x0, area.y1
-        self.put_lines([(corner, (area.x1, area.y1)), (corner, (area.x0, area.y0)), *ticks], color="0", linewidth=0.8)
-        for x, text in zip(xs, write_ticks(across), strict=True):
-            self.put_text(x, area.y1 + TICK + 0.02, text, ha="center", va="top")
-        for y, text in zip(ys, write_ticks(up), strict=True):
-            self.put_text(area.x0 - TICK - 0.03, y, text, ha="right", va="center_baseline")
-        plot.xticks, plot.yticks = across, up
-
-    def note(self, plot: Plot) -> None:
-        """Write a plot's note in the place of its curves, in an empty frame."""
-        area = plot.area
-        corners = [(area.x0, area.y0), (area.x0, area.y1), (area.x1, area.y1)]
-        self.put_lines([(corners[0], corners[1]), (corners[1], corners[2])], color="0", linewidth=0.8)
-        middle = (area.x0 + area.x1) / 2, (area.y0 + area.y1) / 2
-        self.put_text(*middle, plot.note, ha="center", va="center", color="0.3")
-
-    def keys(self, *columns: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Say what curves mean, in a column of the page for each of these lists of names and looks."""
-        inches = (PAGE_WIDTH - 2 * MARGIN) / len(columns)
-        lines = [0]
-        for place, keys in enumerate(columns):
-            count = _columns_of([name for name, _ in keys], inches)
-            entries = np.array_split(np.arange(len(keys)), count) if keys else []
-            x = MARGIN + place * inches
-            for column in entries:
-                for row, index in enumerate(column):
-                    name, look = keys[index]
-                    y = self.used + 0.04 + KEY * (row + 0.5)
-                    handle = [x, x + 0.12, x + 0.24], [y, y, y]
-                    self.put(Line2D(*handle, markevery=[1], **look))
-                    self.put_text(x + _HANDLE, y, name, va="center_baseline")
-                x += max(_HANDLE + text_inches(keys[index][0], SMALL) for index in column) + _BETWEEN
-            lines += [len(column) for column in entries]
-        self.used += 0.04 + KEY * max(lines)
 
     def name_axes(self, across: str, down: str, since: float) -> None:
         """Title both axes of the panels that were added since ``since`` inches were filled."""
@@ -250,7 +191,7 @@ class Page:
 
     def _legend(self, handles: Sequence[Artist], left: float, top: float, inches: float) -> float:
         labels = [str(handle.get_label()) for handle in handles]
-        columns = _columns_of(labels, inches)
+        columns = columns_of(labels, inches)
         legend = self.figure.legend(
             handles=handles,
             labels=labels,
@@ -296,12 +237,12 @@ class Page:
         return self.figure
 
 
-def _columns_of(labels: Sequence[str], inches: float) -> int:
+def columns_of(labels: Sequence[str], inches: float) -> int:
     """How many columns a legend can have."""
-    wide = [_HANDLE + text_inches(label, SMALL) for label in labels]
+    wide = [HANDLE + text_inches(label, SMALL) for label in labels]
     for columns in range(len(labels), 1, -1):
         # As a legend fills its columns.
-        if sum(column.max() + _BETWEEN for column in np.array_split(wide, columns)) <= inches:
+        if sum(column.max() + BETWEEN for column in np.array_split(wide, columns)) <= inches:
             return columns
     return 1
 
