@@ -26,6 +26,7 @@ from lightning_xattn.visualizations.drawing import (
     describe_cells,
     per_group,
     place_tokens,
+    text_inches,
     undefined_key,
     wrap,
 )
@@ -35,7 +36,9 @@ from lightning_xattn.visualizations.pages import LINE, MARGIN, NUMBERS, PAGE_WID
 from lightning_xattn.visualizations.plots import ticks_between, write_ticks
 
 _LONGEST_NAME = 30  # characters of a class's name, which stands in one line
-_GAP = 0.14  # inches between the directions
+_GAP = 0.3  # inches between the directions
+_ROOM = _GAP / 2 - 0.02  # inches on either side of a column that its numbers may take
+_INK: dict[str, Any] = {"color": "black", "linewidth": 0.8}
 _COLUMNS = 400  # of a map whose tokens are not equally wide
 
 
@@ -259,11 +262,15 @@ def _label_across(page: Page, across: MapAxis, left: float, width: float) -> Non
     page.put_lines([((left + share * width, top), (left + share * width, top + TICK)) for share, _ in ticks], **_INK)
     turned = across.names is not None and across.are_turned(width)
     for share, text in ticks:
-        style: dict[str, Any] = {"ha": "center", "va": "top", "rotation": 90 if turned else 0}
-        page.put_text(left + share * width, top + TICK + 0.02, text, **style)
+        if turned or _has_room(share * width, width, text):
+            style: dict[str, Any] = {"ha": "center", "va": "top", "rotation": 90 if turned else 0}
+            page.put_text(left + share * width, top + TICK + 0.02, text, **style)
 
 
-_INK: dict[str, Any] = {"color": "black", "linewidth": 0.8}
+def _has_room(place: float, width: float, text: str) -> bool:
+    """Whether a number at so many inches of a column reaches no further than a neighbour's may."""
+    half = text_inches(text, SMALL) / 2
+    return -_ROOM <= place - half and place + half <= width + _ROOM
 
 
 def _draw_bars(page: Page, columns: Sequence[_Column]) -> None:
@@ -281,7 +288,8 @@ def _draw_bars(page: Page, columns: Sequence[_Column]) -> None:
         ticks = ticks_between(low, high, 3)
         page.put_lines([((at(one), bar.y1), (at(one), bar.y1 + TICK)) for one in ticks], **_INK)
         for one, text in zip(ticks, write_ticks(ticks), strict=True):
-            page.put_text(at(one), bar.y1 + TICK + 0.02, text, ha="center", va="top")
+            if _has_room(at(one) - column.left, column.width, text):
+                page.put_text(at(one), bar.y1 + TICK + 0.02, text, ha="center", va="top")
     page.skip(0.09 + NUMBERS)
     scales = " Each direction has its own scale." if len(columns) > 1 else ""
     page.write(f"Colour: lift over uniform, the mean weight times the number of keys (line: 1, uniform).{scales}")

@@ -35,6 +35,10 @@ from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pages import LINE, MARGIN, NUMBERS, PAGE_WIDTH, RIGHT, SMALL, Page, RowNames
 
 
+_GAP = 0.28
+"""Inches between maps side by side, as numbers of thousands of tokens may stand at their ends."""
+
+
 def plot_class_attention(
     maps: ArrayLike,
     counts: ArrayLike,
@@ -120,7 +124,7 @@ def plot_class_attention(
     scale, axes, since = lift_scale(lift), [], page.used
     for start in range(0, classes, columns):
         lines = max(len(title.splitlines()) for title in titles[start : start + columns])
-        axes += page.row(height, widths=(1,) * columns, left=left, gap=0.12, above=0.07 + LINE * lines, below=0)
+        axes += page.row(height, widths=(1,) * columns, left=left, gap=_GAP, above=0.07 + LINE * lines, below=0)
     for index, (ax, title) in enumerate(zip(axes, titles, strict=False)):
         draw_mesh(ax, across.edges, down.edges, lift[index], scale)
         ax.invert_yaxis()
