@@ -270,7 +270,7 @@ def _label_across(page: Page, across: MapAxis, left: float, width: float) -> Non
 def _has_room(place: float, width: float, text: str) -> bool:
     """Whether a number at so many inches of a column reaches no further than a neighbour's may."""
     half = text_inches(text, SMALL) / 2
-    return -_ROOM <= place - half and place + half <= width + _ROOM
+    return place - half >= -_ROOM and place + half <= width + _ROOM
 
 
 def _draw_bars(page: Page, columns: Sequence[_Column]) -> None:

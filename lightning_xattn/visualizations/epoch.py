@@ -34,7 +34,6 @@ from lightning_xattn.visualizations.lifts import lift_scale
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pages import LINE, MARGIN, NUMBERS, PAGE_WIDTH, RIGHT, SMALL, Page, RowNames
 
-
 _GAP = 0.28
 """Inches between maps side by side, as numbers of thousands of tokens may stand at their ends."""
 
