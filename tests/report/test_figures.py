@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import BboxImage
 
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.evaluation.curves import epoch_curves, epoch_record, fusion_curves, fusion_record
@@ -18,6 +19,7 @@ from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.report.estimates import estimate_mean
 from lightning_xattn.report.figures import (
+    attention_figure,
     dataset_figures,
     epoch_figures,
     fusion_figures,
@@ -53,6 +55,46 @@ def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
     for name, figure in figures.items():
         assert "epoch 4" in texts(figure)
         assert name == "support/cells" or "per true class" in texts(figure).replace("\n", " ")
+
+
+def test_the_page_of_maps_has_those_of_each_class(result, members):
+    axes = {"left": TokenAxis("second", names=list("stuvw")), "right": TokenAxis("region", names=["too", "few"])}
+    figure = attention_figure(result.headline, CLASSES, classes_by="target", axes=axes, context="epoch 4")
+    found = {one.get_gid(): one.get_array() for one in figure.findobj(BboxImage)}
+    for direction, maps in result.headline.maps.items():
+        for class_id, weights in enumerate(maps.numpy()):
+            lifts = weights * weights.shape[1]
+            # The 7 right tokens lie horizontally.
+            expected = lifts if lifts.shape == (5, 7) else lifts.T
+            np.testing.assert_allclose(found.pop(f"{direction}/{class_id}"), expected, rtol=1e-6)
+    assert set(found) == {"left_to_right/scale", "right_to_left/scale"}
+    said = texts(figure)
+    for name in CLASSES:
+        assert f"{name} (n={int(members[name].sum())})" in said
+    assert "epoch 4" in said
+    # An axis of another length is not used.
+    assert {"second", "right token"} <= set(said.splitlines())
+
+
+def test_the_page_of_maps_takes_the_summarys_numbers_of_tokens(monkeypatch):
+    calls = kept_calls(monkeypatch, "plot_attention_by_class")
+    one = summary([0, 0, 0, 1, 1, -1], [CORRECT, CORRECT, INCORRECT, INCORRECT, UNKNOWN, CORRECT])
+    there, back = one.heads
+    assert one.tokens == {there: (5, 7), back: (7, 5)}
+    one.tokens = {there: (500, 7), back: (7, 500)}
+    axes = {"eeg": TokenAxis("region", names=[f"{i}" for i in range(500)]), "spec": TokenAxis("s", names=list("ab"))}
+    said = {"classes_by": "prediction", "axes": axes, "context": "here"}
+    attention_figure(one, NAMES, **said)
+    attention_figure(one, (), **said)
+    (name, (maps, counts, names), settings), (_, (_, of_all, all_names), others) = calls
+    assert (name, counts, names) == ("plot_attention_by_class", [3, 2, 0], list(NAMES))
+    assert [*maps] == ["eeg_to_spec", "spec_to_eeg"]
+    assert all(maps[str(direction)] is of_one for direction, of_one in one.maps.items())
+    tokens = {"eeg_to_spec": (500, 7), "spec_to_eeg": (7, 500)}
+    assert settings == said | {"axes": {"eeg": axes["eeg"]}, "tokens": tokens}
+    assert (of_all, all_names, others["classes_by"]) == ([3], ["all samples"], None)
+    one.maps = {}
+    assert attention_figure(one, NAMES, **said) is None
 
 
 @pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
