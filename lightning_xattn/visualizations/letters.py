@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ _MARGIN = 3
 
 
 class LettersCanvas(FigureCanvasAgg):
-    """A canvas that draws each text of a kind once and keeps its picture, some 2,000 in all."""
+    """A canvas that draws each text of a kind once and keeps its picture, some 1,000 in all."""
 
     def get_renderer(self) -> RendererAgg:
         """The renderer, as matplotlib asks for it."""
@@ -27,6 +28,17 @@ class LettersCanvas(FigureCanvasAgg):
             self.renderer, self._lastKey = make(*size), size
         renderer: RendererAgg = self.renderer
         return renderer
+
+
+class PassingCanvas(LettersCanvas):
+    """A canvas of figures that are drawn once, one after the other: those of one size share their pixels.
+
+    Figures are in reference cycles, so that what each of them holds stays until Python looks for such.
+    """
+
+    def get_renderer(self) -> RendererAgg:
+        """The renderer of this size, and of this thread, as others may draw meanwhile."""
+        return _shared_renderer(*self.get_width_height(physical=True), self.figure.dpi, get_ident())
 
 
 class LettersRenderer(RendererAgg):
@@ -63,18 +75,25 @@ class LettersRenderer(RendererAgg):
         return _size_of(s, prop.copy(), self.dpi)
 
 
+@lru_cache(2)  # an epoch has two figures
+def _shared_renderer(width: int, height: int, dpi: float, thread: int) -> RendererAgg:
+    make: Any = LettersRenderer
+    renderer: RendererAgg = make(width, height, dpi)
+    return renderer
+
+
 def _renderer(width: int, height: int, dpi: float) -> Any:
     make: Any = RendererAgg
     return make(width, height, dpi)
 
 
-@lru_cache(4096)
+@lru_cache(2048)
 def _size_of(text: str, font: FontProperties, dpi: float) -> tuple[float, float, float]:
     size: tuple[float, float, float] = _renderer(1, 1, dpi).get_text_width_height_descent(text, font, False)
     return size
 
 
-@lru_cache(2048)
+@lru_cache(1024)
 def _picture_of(
     text: str, font: FontProperties, angle: float, colour: tuple[float, ...], is_smooth: bool, dpi: float
 ) -> tuple[NDArray[np.uint8], int, int]:

@@ -23,7 +23,7 @@ from PIL import Image
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import clean
-from lightning_xattn.visualizations.letters import LettersCanvas
+from lightning_xattn.visualizations.letters import LettersCanvas, PassingCanvas
 from lightning_xattn.visualizations.plots import Plot
 
 COLOURS = colormaps["viridis"]
@@ -150,7 +150,11 @@ def render(figure: Figure) -> NDArray[np.uint8]:
     >>> render(figure).shape[2]  # red, green, blue
     3
     """
-    canvas: Any = LettersCanvas(figure)  # matplotlib leaves its methods untyped
-    with with_boxes():
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    before = figure.canvas
+    canvas: Any = PassingCanvas(figure)  # matplotlib leaves its methods untyped
+    try:
+        with with_boxes():
+            canvas.draw()
+        return np.array(np.asarray(canvas.buffer_rgba())[..., :3])
+    finally:
+        figure.set_canvas(before)

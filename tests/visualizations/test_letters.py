@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -96,3 +98,24 @@ def test_a_figure_of_another_size_has_another_renderer() -> None:
     assert canvas.get_renderer() is first
     figure.set_figheight(3)
     assert (canvas.get_renderer().height, canvas.get_renderer().width) == (300, 300)
+
+
+def test_pictures_of_one_size_are_kept_apart_and_a_figure_keeps_its_canvas() -> None:
+    one, other = written("one"), written("other")
+    canvas = one.canvas
+    first = render(one)
+    kept, second = first.copy(), render(other)
+    np.testing.assert_array_equal(first, kept)
+    assert (first != second).any()
+    assert first.flags.owndata
+    assert one.canvas is canvas
+    np.testing.assert_array_equal(render(written("one")), kept)
+
+
+def test_threads_draw_beside_each_other() -> None:
+    words = [f"thread {i}" for i in range(4)]
+    alone = [render(written(text)) for text in words]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda i: render(written(words[i % 4])), range(40)))
+    for i, picture in enumerate(together):
+        np.testing.assert_array_equal(picture, alone[i % 4])
