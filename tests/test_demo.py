@@ -13,7 +13,7 @@ from lightning_xattn.cli import main
 pytestmark = pytest.mark.filterwarnings("ignore:.*(uniform attention|attend alike):lightning_xattn.XAttnWarning")
 
 
-PICTURES = 6
+PICTURES = 7
 """Of an evaluation of few samples."""
 
 
@@ -31,9 +31,11 @@ def test_the_logs_and_the_report_hold_what_was_promised(tmp_path, capsys):
     for name in ("all", "correct", "incorrect"):
         assert events.Scalars(f"xattn_alignment/val/{name}"), name
     assert len(events.Scalars("xattn_alignment/val/all")) == 2
-    assert len(events.Images("xattn_map/val/eeg_to_spec")) == 2
-    # 2 validation epochs and the test; of 12 samples too few for a probe, and for contributions.
-    assert len(list((logs / "csv").rglob("xattn_*/**/*.png"))) == PICTURES * 3
+    assert len(events.Images("xattn_map/val/by_class")) == 2
+    assert len(events.Images("xattn_map/val/eeg_to_spec")) == 1
+    # The first epoch, the second with the end of the fit, and the test; of 12 samples too few for a probe, and for
+    # contributions.
+    assert len(list((logs / "csv").rglob("xattn_*/**/*.png"))) == 2 + 2 * PICTURES
 
     assert re.search(
         r"\n## Validation on simulated_60_.*\n\nAccuracy 0.*\n\n- \*\*Samples:\*\* 12 samples of \d+ patients;",

@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 import lightning_xattn
-from lightning_xattn.callback.epoch_log import EpochLog
+from lightning_xattn.callback.pictures import Drawn
 from lightning_xattn.loggers import WRITERS
 from tests.toy import ToyModule, labelled_loader, toy_data, toy_loader
 
@@ -72,7 +72,8 @@ LEAVES = {
 @pytest.mark.parametrize("page", [page for page in BLOCKS if BLOCKS[page] and page not in LOOKED_INTO])
 def test_the_blocks_of_a_page_run(page, run, tmp_path, monkeypatch):
     if page not in ("README.md", "docs/eeg.md"):  # most of the time goes into drawing
-        monkeypatch.setattr(EpochLog, "_figures", lambda *args: iter(()))
+        for figures in ("main_figures", "other_figures"):
+            monkeypatch.setattr(Drawn, figures, lambda self: ())
     run(page)
     for pattern in LEAVES.get(page, ()):
         assert list(tmp_path.glob(pattern)), pattern

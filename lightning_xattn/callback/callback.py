@@ -46,7 +46,7 @@ from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.settings import Settings
 
-CURVES = ("main", "all")
+CURVES = FIGURES = ("main", "all")
 
 RECORDED = ("attention", "fusion")
 """The settings that say what of a step is recorded."""
@@ -86,8 +86,9 @@ class AttentionExplainabilityCallback(Callback):
 
     Every validated and tested epoch it logs head entropy and modality alignment, per class and for correct against
     incorrect predictions: as scalars with ``LightningModule.log`` (so ``ModelCheckpoint`` and ``EarlyStopping`` can
-    monitor them) and as figures in the Trainer's loggers. The model's outputs stay bit for bit the same. The sanity
-    check before training checks the settings against a real batch; nothing of it is kept or logged.
+    monitor them) and as figures in the Trainer's loggers: two in every epoch of a fit, and all of them when it ends.
+    The model's outputs stay bit for bit the same. The sanity check before training checks the settings against a real
+    batch; nothing of it is kept or logged.
 
     If the LightningModule or its data module has an attribute ``attention_axes``, a mapping from modality to
     ``TokenAxis``, the figures label the tokens with it.
@@ -144,8 +145,12 @@ class AttentionExplainabilityCallback(Callback):
         During ``fit``, record every n-th of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.
     figures_every_n_epochs
-        Hand figures and a report to the loggers in every n-th recorded epoch; 0: never. ``trainer.validate`` and
-        ``trainer.test`` always do.
+        Hand figures to the loggers in every n-th recorded epoch of a fit; 0: never, also not at its end, and none of
+        ``trainer.validate`` and ``trainer.test``, which else always do.
+    figures
+        "main": in an epoch of a fit these are the overview and one page of mean attention by class. All others, the
+        report and the files of the table are of the last recorded epoch and come when the fit ends, also by
+        ``EarlyStopping``, ``max_steps`` or Ctrl-C; after an error there are none. "all": each of those epochs has all.
     faithfulness_every_n_epochs
         Test whether the attention ranks the keys that the model uses, in every n-th recorded epoch and in the last one
         of a fit by ``max_epochs``; 0: never. It takes 128 ``contribution_samples``.
@@ -207,6 +212,7 @@ class AttentionExplainabilityCallback(Callback):
         curves: str = "main",
         every_n_epochs: int = 1,
         figures_every_n_epochs: int = 1,
+        figures: str = "main",
         faithfulness_every_n_epochs: int = 10,
         every_n_batches: int = 1,
         table: str | Path | None = None,
@@ -218,7 +224,11 @@ class AttentionExplainabilityCallback(Callback):
         self.settings = Settings(attention, class_names, classes_by, *labels, *fusion_inputs, table)
         if curves not in CURVES:
             raise SettingError(f"curves must be one of {', '.join(CURVES)}; got {curves!r}.")
-        self.curves = curves
+        if figures not in FIGURES:
+            raise SettingError(
+                f"figures must be one of {', '.join(FIGURES)}; got {figures!r}. For none: figures_every_n_epochs=0."
+            )
+        self.curves, self.figures = curves, figures
         self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, faithfulness_every_n_epochs, every_n_batches)
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
@@ -376,9 +386,16 @@ class AttentionExplainabilityCallback(Callback):
             self._end_evaluation(trainer, pl_module, logs=False)
         self._run.stop()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand the loggers what the epochs did not: all figures and the report of the last one that was recorded."""
+        self._run.draw_rest()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Unwrap the model: after a crash Lightning does not call ``teardown``."""
+        """Unwrap the model: after a crash Lightning does not call ``teardown``. Ctrl-C ends a fit as usual."""
         if self._run.trainer() in (None, trainer):
+            if isinstance(exception, KeyboardInterrupt):
+                self._run.draw_rest()
+            self._run.undrawn = None
             self._run.stop()
             end_run(self._run)
             self._run.trainer = lambda: None
@@ -465,8 +482,8 @@ class AttentionExplainabilityCallback(Callback):
             warn(explain_empty_evaluation(stage_of(trainer), ever), once=f"empty evaluation {ever}")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> EpochLog:
-        scope, everything = self._scope(trainer), self.curves == "all"
-        return EpochLog(trainer, pl_module, scope, self._run, self.settings, self.schedule, everything)
+        settings = self.settings, self.schedule, self.curves == "all", self.figures == "all"
+        return EpochLog(trainer, pl_module, self._scope(trainer), self._run, *settings)
 
     def _scope(self, trainer: Trainer) -> Callable[[int, str], str]:
         return partial(scope_of, trainer, self, AttentionExplainabilityCallback)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule, Trainer
 
 from lightning_xattn.callback.monitors import describe_unknown
+from lightning_xattn.callback.pictures import Drawn, Pictures, Record, may_draw
 from lightning_xattn.callback.run import Run
 from lightning_xattn.callback.schedule import Schedule, logged_step, moment, stage_of
 from lightning_xattn.core.notices import info, warn
@@ -31,25 +31,7 @@ from lightning_xattn.evaluation.curves import (
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.settings import Settings
-from lightning_xattn.loggers import LoggerWriters
-from lightning_xattn.report import create_explainability_report
-from lightning_xattn.report.figures import (
-    SHOWN_CLASSES,
-    epoch_figures,
-    fusion_figures,
-    limit_classes,
-    limit_layers,
-    overview_figure,
-)
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-OUTPUT_FOLDER = "xattn_output"
-"""Below the Trainer's root folder: figures and reports of a Trainer without a logger. Not the package's name, as the
-root may be its repository."""
-
-Record = dict[str, Any]
+from lightning_xattn.report.figures import SHOWN_CLASSES, limit_classes, limit_layers
 
 _ENDS = re.compile("_(low|high)$")
 
@@ -70,6 +52,8 @@ class EpochLog:
         Of the callback.
     all_curves
         Whether all curves are logged, and not those alone that are acted on.
+    all_figures
+        Whether an epoch of a fit is drawn whole, and not its two main figures alone.
     """
 
     trainer: Trainer
@@ -79,6 +63,7 @@ class EpochLog:
     settings: Settings
     schedule: Schedule
     all_curves: bool
+    all_figures: bool
 
     def log(
         self,
@@ -126,14 +111,11 @@ class EpochLog:
                 curves |= of_scope if self.all_curves else main_curves(of_scope, scope)
                 others |= of_scope
         self._log_curves(curves, others)
-        writers = self._writers() if any(records.values()) else None
-        if writers is not None:
-            for number, new in records.items():
-                if new:
-                    past = [one for one in history if (one["dataloader"], one["layer"]) == (number, new[0]["layer"])]
-                    self._log_rest(writers, number, ended[number], shown[number], past, new[0])
-            for name, path in tables.items():
-                self._log_table(writers, f"xattn_about/{self.scope(0, '')}/{name}", path)
+        drawn = [
+            self._drawn(number, ended[number], shown[number], history, new) for number, new in records.items() if new
+        ]
+        tags = {f"xattn_about/{self.scope(0, '')}/{name}": path for name, path in tables.items()}
+        self._draw(Pictures(drawn, tags, logged_step(self.trainer), stage_of(self.trainer) == "test"))
         return [record for new in records.values() for record in new]
 
     def log_absent(self) -> None:
@@ -197,59 +179,24 @@ class EpochLog:
         if curves and not self.trainer.barebones:  # where Lightning logs nothing, and warns of it
             self.module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
 
-    def _writers(self) -> LoggerWriters | None:
-        is_trial = self.trainer.fast_dev_run or self.trainer.barebones  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        if is_trial or not self.trainer.is_global_zero or not self.schedule.draws(self.trainer):
-            return None
-        root = str(self.trainer.default_root_dir)
-        writers = LoggerWriters(self.trainer.loggers, Path("." if "://" in root else root) / OUTPUT_FOLDER)
-        info((f"Figures and reports are written to {folder}." for folder in writers.folders), once=True)
-        return writers if writers else None
+    def _drawn(
+        self, number: int, whole: DatasetResult, shown: DatasetResult, history: Sequence[Record], new: Sequence[Record]
+    ) -> Drawn:
+        """What is drawn of a dataloader."""
+        scope, first = self.scope(number, ""), new[0]
+        past = [one for one in history if (one["dataloader"], one["layer"]) == (number, first["layer"])]
+        layers = {layer: self._layer_scope(number, layer) for layer in limit_layers(list(shown.summaries))}
+        return Drawn(whole, shown, [*past, first], scope, layers, f"{scope}, epoch {self.trainer.current_epoch}")
 
-    def _log_rest(
-        self,
-        writers: LoggerWriters,
-        number: int,
-        whole: DatasetResult,
-        shown: DatasetResult,
-        past: Sequence[Record],
-        record: Record,
-    ) -> None:
-        """Hand the loggers figures and a report; after a test a page, too."""
-        step, scope = logged_step(self.trainer), self.scope(number, "")
-        name, title = f"xattn_about/{scope}/report", f"{scope}, epoch {self.trainer.current_epoch}"
-        figures = self._figures(number, shown, [*past, record], title)
-        writers.log_figures(figures, step)
-        text = partial(create_explainability_report, whole, format="markdown")
-        writers.log("reports", text, lambda writer, made: writer.log_text(name, made, step))
-        if stage_of(self.trainer) == "test":
-            page = partial(create_explainability_report, whole, format="html")
-            writers.log("pages", page, lambda writer, made: writer.log_page(name, made, step))
-
-    def _log_table(self, writers: LoggerWriters, name: str, path: Path) -> None:
-        step = logged_step(self.trainer)
-        writers.log("tables", lambda: path, lambda writer, made: writer.log_table(name, made, step))
-
-    def _figures(
-        self, number: int, result: DatasetResult, records: Sequence[Record], title: str
-    ) -> Iterator[tuple[str, Figure]]:
-        scope, names = self.scope(number, ""), result.class_names
-
-        def of(layer: str | None) -> str:
-            return f"{title}, layer {layer}" if self._has_several_layers else title
-
-        yield f"xattn_about/{scope}/overview", overview_figure(records, of(records[-1]["layer"]))
-        if result.fusion is not None:
-            yield from fusion_figures(result.fusion, scope, names, classes_by=self.settings.classes_by, context=title)
-        for layer in limit_layers(list(result.summaries)):
-            yield from epoch_figures(
-                result.summaries[layer],
-                self._layer_scope(number, layer),
-                names,
-                classes_by=self.settings.classes_by,
-                axes=result.axes,
-                context=of(layer),
-            )
+    def _draw(self, pictures: Pictures) -> None:
+        """Hand loggers what is due of an evaluation; of a fit's epoch the rest waits for the end of the fit."""
+        if not pictures.drawn or not self.schedule.figures_every_n_epochs or not may_draw(self.trainer):
+            return
+        is_due, is_whole = self.schedule.draws(self.trainer), self.all_figures or not self.run.is_fit
+        if is_due:
+            pictures.log(self.trainer, main=True, rest=is_whole)
+        # What is kept is the results that the callback keeps as its summaries.
+        self.run.undrawn = None if is_due and is_whole else partial(pictures.log, main=not is_due, rest=True)
 
 
 def main_history(records: Sequence[Record]) -> list[Record]:

@@ -52,6 +52,14 @@ class Run:
     """The names of the curves that were logged."""
     layers: dict[str, None] = field(default_factory=dict)
     """The names of the layers that were recorded."""
+    undrawn: Callable[[Trainer], None] | None = None
+    """Draws what is left of the last recorded epoch of a fit; None: nothing is."""
+
+    def draw_rest(self) -> None:
+        """At the end of a fit, hand its loggers what is left."""
+        draw, self.undrawn, trainer = self.undrawn, None, self.trainer()
+        if draw is not None and trainer is not None:
+            draw(trainer)
 
     @contextmanager
     def refusing(self, settings: Settings, *names: str, dataloader: int = 0) -> Iterator[None]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Content = TypeVar("Content")
 
-__all__ = ["WRITERS", "LoggerWriter", "LoggerWriters"]
+__all__ = ["WRITERS", "LoggerWriter", "LoggerWriters", "Picture"]
 
 WRITERS: dict[str, Callable[[Any], LoggerWriter] | None] = {
     "TensorBoardLogger": TensorBoardWriter,
@@ -75,7 +75,7 @@ class LoggerWriters:
         from lightning_xattn.visualizations import render  # matplotlib, only where figures are wanted
 
         def draw() -> dict[str, Picture]:
-            return {shown_tag(tag): render(figure) for tag, figure in figures}
+            return {shown_tag(tag): Picture(render(figure)) for tag, figure in figures}
 
         self.log("pictures", draw, lambda writer, made: writer.log_images(made, step))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html as escaping
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,26 @@ from PIL import Image
 
 from lightning_xattn.core.files import complete_or_absent, path_of
 
-Picture = NDArray[np.uint8]
-"""``(height, width, 3)``: red, green and blue."""
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A figure as loggers get it, encoded once for all of them.
+
+    Parameters
+    ----------
+    pixels
+        ``(height, width, 3)``: red, green and blue in [0, 255].
+    """
+
+    pixels: NDArray[np.uint8]
+
+    @cached_property
+    def png(self) -> bytes:
+        """The content of a PNG file."""
+        content = io.BytesIO()
+        # A higher level takes longer, and saves little of lines and letters.
+        Image.fromarray(self.pixels).save(content, format="png", compress_level=1)
+        return content.getvalue()
 
 
 class LoggerWriter(ABC):
@@ -27,7 +48,7 @@ class LoggerWriter(ABC):
         class NeptuneWriter(LoggerWriter):
             def log_images(self, images, step):
                 for name, picture in images.items():
-                    self.logger.experiment[name].append(File.as_image(picture / 255), step=step)
+                    self.logger.experiment[name].append(File.from_content(picture.png, "png"), step=step)
 
             def log_text(self, name, text, step):
                 self.logger.experiment[name].append(text, step=step)
@@ -71,8 +92,18 @@ class TensorBoardWriter(LoggerWriter):
 
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:
         """In the images tab."""
+        experiment = self.logger.experiment
+        if not type(experiment).__module__.startswith("torch."):  # tensorboardX, whose files have messages of its own
+            for name, picture in images.items():
+                experiment.add_image(name, picture.pixels, global_step=step, dataformats="HWC")
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary  # only where there is its logger
+
         for name, picture in images.items():
-            self.logger.experiment.add_image(name, picture, global_step=step, dataformats="HWC")
+            height, width, _ = picture.pixels.shape
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=picture.png)
+            # torch has no public way to add an image that is encoded already.
+            experiment._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """In the text tab."""
@@ -91,7 +122,7 @@ class WandbWriter(LoggerWriter):
         """As media, in one call."""
         import wandb  # only where there is its logger
 
-        self.logger.log_metrics({name: wandb.Image(picture) for name, picture in images.items()}, step)
+        self.logger.log_metrics({name: wandb.Image(picture.pixels) for name, picture in images.items()}, step)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """As a panel that keeps its lines."""
@@ -120,7 +151,7 @@ class MLFlowWriter(LoggerWriter):
         """In the tab of model metrics, with a slider for the step."""
         for name, picture in images.items():
             key = path_of(name).as_posix()  # MLflow takes letters, digits and a few signs
-            self.logger.experiment.log_image(self.logger.run_id, picture, key=key, step=step)
+            self.logger.experiment.log_image(self.logger.run_id, picture.pixels, key=key, step=step)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """As an artifact."""
@@ -145,8 +176,7 @@ class CometWriter(LoggerWriter):
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:
         """In the graphics tab."""
         for name, picture in images.items():
-            # Of an array it computes -1 - x, which overflows, and warns in its log alone.
-            self.logger.experiment.log_image(Image.fromarray(picture), name=name, step=step)
+            self.logger.experiment.log_image(io.BytesIO(picture.png), name=name, image_format="png", step=step)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """As an asset."""
@@ -179,7 +209,7 @@ class FolderWriter(LoggerWriter):
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:
         """One file each."""
         for name, picture in images.items():
-            self._write(name, step, "png", picture)
+            self._write(name, step, "png", picture.png)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """One file."""
@@ -189,9 +219,9 @@ class FolderWriter(LoggerWriter):
         """One file."""
         self._write(name, step, "html", html)
 
-    def _write(self, name: str, step: int, suffix: str, content: Picture | str) -> None:
+    def _write(self, name: str, step: int, suffix: str, content: bytes | str) -> None:
         with complete_or_absent(self.folder / path_of(name) / f"step_{step:06d}.{suffix}") as part:
             if isinstance(content, str):
                 part.write_text(content, encoding="utf-8")
             else:
-                Image.fromarray(content).save(part, format="png")
+                part.write_bytes(content)

@@ -50,6 +50,38 @@ def limit_classes(result: DatasetResult, kept: Sequence[int] | None = None) -> D
     return result.merge_classes(result.largest_classes(SHOWN_CLASSES) if kept is None else kept)
 
 
+def attention_figure(
+    summary: LayerSummary, class_names: Sequence[str], *, classes_by: str, axes: Mapping[str, TokenAxis], context: str
+) -> Figure | None:
+    """Draw one layer's mean attention of each class on one page, both directions; None where there are no mean maps.
+
+    Parameters as `epoch_figures` takes them.
+    """
+    from lightning_xattn.visualizations import plot_attention_by_class  # matplotlib, only where figures are wanted
+
+    if not summary.maps:
+        return None
+    names, counts = _name_maps(summary, class_names)
+    direction, tokens = next(iter(summary.tokens.items()))
+    return plot_attention_by_class(
+        {str(one): maps for one, maps in summary.maps.items()},
+        counts,
+        names,
+        axes=fitting_axes(axes, dict(zip((direction.query, direction.key), tokens, strict=True))),
+        tokens={str(one): counts for one, counts in summary.tokens.items()},
+        classes_by=classes_by if len(names) > 1 else None,
+        context=context,
+    )
+
+
+def _name_maps(summary: LayerSummary, class_names: Sequence[str]) -> tuple[list[str], list[int]]:
+    """What each mean map is of, and of how many samples: each class, or all samples."""
+    maps = next(iter(summary.maps.values()), ())
+    if not class_names or len(maps) < len(class_names):
+        return ["all samples"], [summary.samples]
+    return list(class_names), [summary.size(class_id=i) for i in range(len(class_names))]
+
+
 def epoch_figures(
     summary: LayerSummary,
     scope: str,
@@ -80,18 +112,20 @@ def epoch_figures(
     counts = [summary.size(class_id=i) for i in ids]
 
     outcomes = [summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT)]
+    of_maps, in_maps = _name_maps(summary, class_names)
     for direction, maps in summary.maps.items():
         by_outcome = summary.outcome_maps[direction][[CORRECT, INCORRECT]] if sum(outcomes) else maps[:0]
-        _, queries, keys = maps.shape
+        queries, keys = summary.tokens[direction]
         known = fitting_axes(axes, {direction.query: queries, direction.key: keys})
         figure = plot_class_attention(
             torch.cat([maps, by_outcome]),
-            [*counts, *outcomes][: len(maps) + len(by_outcome)],
-            [*names, "correct", "incorrect"][: len(maps) + len(by_outcome)],
+            [*in_maps, *outcomes][: len(maps) + len(by_outcome)],
+            [*of_maps, "correct", "incorrect"][: len(maps) + len(by_outcome)],
             direction=str(direction),
             query_axis=known.get(direction.query),
             key_axis=known.get(direction.key),
-            classes_by=grouping,
+            tokens=(queries, keys),
+            classes_by=grouping if len(of_maps) > 1 else None,
             context=f"{context}; {queries} {shown(direction.query)} queries ask {keys} {shown(direction.key)} keys",
         )
         yield f"xattn_map/{scope}/{direction}", figure

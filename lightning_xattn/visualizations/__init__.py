@@ -9,6 +9,7 @@ the scale. Every figure is also written to ``save_path`` where that is given.
 """
 
 from lightning_xattn.functional.intervals import Estimate
+from lightning_xattn.visualizations.class_maps import plot_attention_by_class
 from lightning_xattn.visualizations.comparison import plot_class_comparison
 from lightning_xattn.visualizations.epoch import plot_class_attention, plot_head_entropy
 from lightning_xattn.visualizations.heads import plot_head_contributions
@@ -26,6 +27,7 @@ __all__ = [
     "Estimate",
     "Panel",
     "map_picture",
+    "plot_attention_by_class",
     "plot_attention_heatmap",
     "plot_class_attention",
     "plot_class_comparison",

@@ -116,11 +116,14 @@ def _draw_panel(page: Page, title: str, class_names: Sequence[str], groups: Sequ
     page.skip(0.06)
     page.write(title)
     (ax,) = page.row(rows.height, left=rows.left)
-    for row, (one, look) in enumerate(zip(groups, [_CLASS] * len(class_names) + [*LOOKS.values()], strict=True)):
+    looks = [_CLASS] * len(class_names) + [*LOOKS.values()]
+    for look in dict.fromkeys(looks):  # all rows of a look at once, as each call takes long
+        shown = [row for row, of_row in enumerate(looks) if of_row is look]
+        low, mean, high = np.array([(groups[row].low, groups[row].mean, groups[row].high) for row in shown]).T
         ax.errorbar(
-            np.array([one.mean]),
-            np.array([row]),
-            xerr=np.abs([[one.low - one.mean], [one.high - one.mean]]),
+            mean,
+            np.array(shown),
+            xerr=np.abs([low - mean, high - mean]),
             fmt=look.marker,
             color=look.colour,
             markerfacecolor=look.colour if look.is_filled else "white",

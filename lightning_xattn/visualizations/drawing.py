@@ -80,42 +80,80 @@ class MapAxis:
             return
         # Where the names do not fit side by side they are turned, and where not even so, some are left out.
         every = math.ceil(_LINE * len(self.names) / inches)
-        turned = which == "x" and self._are_turned(inches)
+        turned = which == "x" and self.are_turned(inches)
         ticks = range(0, len(self.names), every)
         axis.set_ticks(ticks, self.names[::every], fontsize=9, rotation=90 if turned else 0)
 
     def room(self, which: Literal["x", "y"], inches: float) -> float:
         """Inches that the tokens' names or numbers take beside an axis of this length."""
-        if self.names is None or (which == "x" and not self._are_turned(inches)):
+        if self.names is None or (which == "x" and not self.are_turned(inches)):
             return 0.22 if which == "x" else 0.35
         return max(text_inches(name, 9) for name in self.names) + 0.08
 
-    def _are_turned(self, inches: float) -> bool:
+    def are_turned(self, inches: float) -> bool:
         """Whether names below an axis of this length stand upright, as side by side they would overlap."""
         assert self.names is not None
         return (max(text_inches(name, 9) for name in self.names) + 0.08) * len(self.names) > inches
 
 
-def place_tokens(role: str, modality: str, count: int, axis: TokenAxis | None) -> MapAxis:
-    """Place the tokens of a map's axis; ``role`` is ``"query"`` or ``"key"``, a nameless modality too."""
-    numbered = np.arange(count + 1) - 0.5
+def place_tokens(role: str, modality: str, cells: int, axis: TokenAxis | None, tokens: int | None = None) -> MapAxis:
+    """Place the cells of a map's axis.
+
+    Parameters
+    ----------
+    role
+        ``"query"`` or ``"key"``, a nameless modality too; "" leaves it out of the title.
+    modality, axis
+        Whose tokens they are, and what these are; None: they are numbered.
+    cells, tokens
+        How many cells there are, and of how many tokens, where a cell is the mean of several; None: of one each.
+    """
+    counted = count_tokens(f"{role} tokens", cells, tokens)
+    first = first_tokens(counted, cells)
+    numbered, start = first - 0.5, f"{role}: " if role else ""
     if axis is None:
-        name = f"{role} token" if modality == role else f"{role}: {shown(modality, LONGEST_NAME)} token"
+        name = f"{role} token" if modality == role else f"{start}{shown(modality, LONGEST_NAME)} token"
         return MapAxis(name, numbered, whole=True)
-    if len(axis) != count:
-        raise ShapeError(f"The {role} axis '{axis.title}' has {len(axis)} tokens, the maps have {count}.")
-    title = f"{role}: {axis.title}"
+    if len(axis) != counted:
+        what = "maps have" if tokens is None else "maps are of"
+        raise ShapeError(f"The {role} axis '{axis.title}' has {len(axis)} tokens, the {what} {counted}.")
+    title = f"{start}{axis.title}"
     if axis.spans is None:
         names = None if axis.names is None else [shown(name, LONGEST_NAME) for name in axis.names]
         return MapAxis(title, numbered, names)
     spans = np.asarray(axis.spans, dtype=np.float64)
-    if count == 1:
+    if counted == 1:
         return MapAxis(title, spans[0])
     centres = spans.mean(axis=1)
     half = np.diff(centres) / 2
     if not (half > 0).all():
         raise SettingError(f"The spans of the {role} axis '{axis.title}' must ascend; their centres: {centres}.")
-    return MapAxis(title, np.r_[centres[0] - half[0], centres[:-1] + half, centres[-1] + half[-1]])
+    return MapAxis(title, np.r_[centres[0] - half[0], centres[:-1] + half, centres[-1] + half[-1]][first])
+
+
+def count_tokens(name: str, cells: int, tokens: int | None) -> int:
+    """How many tokens an axis of so many cells is of."""
+    if tokens is not None and tokens < cells:
+        raise ShapeError(f"{cells} cells need at least as many {name}; got {tokens}.")
+    return cells if tokens is None else tokens
+
+
+def first_tokens(tokens: int, cells: int) -> NDArray[np.int64]:
+    """The first token of each cell, and the number of tokens: cells of one size but for a smaller last one, if any."""
+    size = math.ceil(tokens / max(cells, 1))
+    if math.ceil(tokens / max(size, 1)) == cells:
+        return np.minimum(np.arange(cells + 1) * size, tokens)
+    return np.arange(cells + 1) * tokens // max(cells, 1)
+
+
+def describe_cells(tokens: tuple[int, int], cells: tuple[int, int]) -> str:
+    """What a cell of a map is the mean of, queries first; "" if it is a single token's."""
+    sizes = [
+        int(np.diff(first_tokens(of_one, count)).max(initial=1)) for of_one, count in zip(tokens, cells, strict=True)
+    ]
+    if sizes == [1, 1]:
+        return ""
+    return f"Each cell is the mean of up to {sizes[0]} x {sizes[1]} tokens (queries x keys)."
 
 
 def count_classes(class_names: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from lightning_xattn.visualizations.drawing import (
     arrow,
     as_array,
     count_classes,
+    describe_cells,
     draw_mesh,
     per_group,
     place_tokens,
@@ -33,6 +34,9 @@ from lightning_xattn.visualizations.lifts import lift_scale
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pages import LINE, MARGIN, NUMBERS, PAGE_WIDTH, RIGHT, SMALL, Page, RowNames
 
+_GAP = 0.28
+"""Inches between maps side by side, as numbers of thousands of tokens may stand at their ends."""
+
 
 def plot_class_attention(
     maps: ArrayLike,
@@ -42,6 +46,7 @@ def plot_class_attention(
     direction: str,
     query_axis: TokenAxis | None = None,
     key_axis: TokenAxis | None = None,
+    tokens: tuple[int, int] | None = None,
     classes_by: str | None = "target",
     context: str = "",
     save_path: str | PathLike[str] | None = None,
@@ -68,6 +73,8 @@ def plot_class_attention(
         ``<query>_to_<key>``, e.g. ``eeg_to_spec``.
     query_axis, key_axis
         What the tokens are; None: they are numbered.
+    tokens
+        How many queries and keys the maps are of, where a cell is the mean of several; None: as many as the maps have.
     classes_by
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
     context
@@ -78,7 +85,7 @@ def plot_class_attention(
     Raises
     ------
     ShapeError
-        If the maps, the counts, the names and the axes do not fit each other.
+        If the maps, the counts, the names, the axes and the numbers of tokens do not fit each other.
     SettingError
         If there is no class, ``direction`` or ``classes_by`` is not one, an axis' spans do not ascend, or the
         suffix of ``save_path`` is not one that matplotlib can write.
@@ -93,11 +100,12 @@ def plot_class_attention(
     classes, sides = count_classes(class_names), Direction.parse(direction)
     weights = as_array("maps", maps, classes=classes, queries=None, keys=None)
     samples = as_array("counts", counts, classes=classes)
-    _, queries, keys = weights.shape
+    _, *cells = weights.shape
+    queries, keys = tokens or cells
     lift = np.where(samples[:, None, None] > 0, weights * keys, np.nan)
-    across = place_tokens("key", sides.key, keys, key_axis)
-    down = place_tokens("query", sides.query, queries, query_axis)
-    if queries > keys:
+    across = place_tokens("key", sides.key, cells[1], key_axis, keys)
+    down = place_tokens("query", sides.query, cells[0], query_axis, queries)
+    if len(down) > len(across):
         lift, across, down = lift.swapaxes(1, 2), down, across
 
     columns = 1 if classes == 1 else 2
@@ -106,6 +114,7 @@ def plot_class_attention(
     asks = wrap(down.title, rows * height, SMALL)
     left = MARGIN + LINE * len(asks.splitlines()) + down.room("y", height)
     page = Page(f"Mean attention {arrow(sides)}{per_group(classes_by)}", context)
+    page.write(describe_cells((queries, keys), (cells[0], cells[1])))
     if keys == 1:
         page.write(f"These maps are of {SINGLE_KEY}.")
     # A class name is no formula, whatever dollars are in it.
@@ -114,7 +123,7 @@ def plot_class_attention(
     scale, axes, since = lift_scale(lift), [], page.used
     for start in range(0, classes, columns):
         lines = max(len(title.splitlines()) for title in titles[start : start + columns])
-        axes += page.row(height, widths=(1,) * columns, left=left, gap=0.12, above=0.07 + LINE * lines, below=0)
+        axes += page.row(height, widths=(1,) * columns, left=left, gap=_GAP, above=0.07 + LINE * lines, below=0)
     for index, (ax, title) in enumerate(zip(axes, titles, strict=False)):
         draw_mesh(ax, across.edges, down.edges, lift[index], scale)
         ax.invert_yaxis()

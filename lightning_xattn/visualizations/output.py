@@ -23,6 +23,8 @@ from PIL import Image
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import clean
+from lightning_xattn.visualizations.letters import LettersCanvas, PassingCanvas
+from lightning_xattn.visualizations.plots import Plot
 
 COLOURS = colormaps["viridis"]
 
@@ -31,7 +33,17 @@ class WindowFigure(Figure):
     """A figure whose ``show`` needs no pyplot figure, and whose texts are shown as they are.
 
     Names from data are among them: what no font can draw is written out, and a ``$`` begins no formula.
+
+    Attributes
+    ----------
+    plots : list of Plot
+        Its panels of curves, which are no axes.
     """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        LettersCanvas(self)
+        self.plots: list[Plot] = []
 
     def draw(self, renderer: RendererBase) -> None:
         """Draw it, as matplotlib asks for any way out of a figure."""
@@ -55,9 +67,12 @@ class WindowFigure(Figure):
         from matplotlib import pyplot
 
         make_manager: Any = pyplot.new_figure_manager  # matplotlib leaves it untyped
+        canvas = self.canvas
         # ImportError: the backend that was asked for has no screen or is not installed.
         with suppress(NonGuiException, ImportError):
             make_manager(0, FigureClass=lambda: self).show()
+        if type(self.canvas) is FigureCanvasAgg:  # no window
+            self.set_canvas(canvas)
 
 
 def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
@@ -135,7 +150,11 @@ def render(figure: Figure) -> NDArray[np.uint8]:
     >>> render(figure).shape[2]  # red, green, blue
     3
     """
-    canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves its methods untyped
-    with with_boxes():
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    before = figure.canvas
+    canvas: Any = PassingCanvas(figure)  # matplotlib leaves its methods untyped
+    try:
+        with with_boxes():
+            canvas.draw()
+        return np.array(np.asarray(canvas.buffer_rgba())[..., :3])
+    finally:
+        figure.set_canvas(before)

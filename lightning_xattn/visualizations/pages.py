@@ -19,12 +19,16 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.image import BboxImage
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETDOWN, CARETLEFT, CARETRIGHT, CARETUP
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike
+from matplotlib.transforms import Affine2D, Bbox, TransformedBbox
+from numpy.typing import ArrayLike, NDArray
 
-from lightning_xattn.core.names import shown
+from lightning_xattn.core.names import clean, shown
 from lightning_xattn.visualizations.drawing import text_inches, wrap
 from lightning_xattn.visualizations.output import COLOURS, WindowFigure
 
@@ -43,9 +47,22 @@ NUMBERS = 0.22
 BESIDE = 0.5
 """Inches that the numbers beside a panel take."""
 
+KEY = 0.175
+"""Inches that a line of a legend takes."""
+TICK = 0.035
+"""Inches that a tick is long."""
+
+Piece = tuple[tuple[float, float], tuple[float, float]]
+"""A straight line: where it begins and where it ends."""
+
 _DPI = 144  # twice the pixels that are shown: for fine screens, and for a click, which enlarges
-_HANDLE = 0.33  # inches of a legend's line or patch, with the gap before its text
-_BETWEEN = 0.15  # inches between a legend's columns
+CUT = "goes on beyond the panel"
+"""What a legend says of an interval that does."""
+
+HANDLE = 0.33
+"""Inches of a legend's line or patch, with the gap before its text."""
+BETWEEN = 0.15
+"""Inches between a legend's columns."""
 _NAME_LETTERS, _NAME_INCHES = 16, 1.45
 
 
@@ -65,11 +82,16 @@ class Page:
         What is drawn on; complete after `finish`.
     used : float
         Inches from the top that are filled.
+    inches : Transform
+        From inches from the upper left to the figure.
     """
 
     def __init__(self, title: str, context: str) -> None:
         self.figure = WindowFigure(figsize=(PAGE_WIDTH, 1), dpi=_DPI)
         self.used = MARGIN
+        self._upright = Affine2D()  # complete where the page's height is known
+        self.inches = self._upright + self.figure.dpi_scale_trans
+        self._fonts = {size: FontProperties(size=size) for size in (SMALL, LARGE)}  # as texts make one each
         self._places: list[Callable[[float], object]] = []
         self._put(self.figure.suptitle("", x=0, y=0, ha="left", va="top"), title, LARGE)
         self.write(context)
@@ -85,6 +107,33 @@ class Page:
         artist.set(text=text, fontsize=size, parse_math=False)
         self._places.append(lambda height: artist.set_position((MARGIN / PAGE_WIDTH, 1 - top / height)))
         self.used += LINE * size / SMALL * len(text.splitlines()) + 0.03
+
+    def put_text(self, x: float, y: float, text: str, size: float = SMALL, **style: Any) -> Text:
+        """Write at a place, in inches from the upper left."""
+        one = Text(x, y, clean(text), fontproperties=self._fonts[size], parse_math=False, **style)
+        self.put(one)
+        return one
+
+    def put_lines(self, pieces: Sequence[Piece], **style: Any) -> None:
+        """Draw straight lines, whose ends are in inches from the upper left."""
+        if pieces:
+            points = np.array([point for piece in pieces for point in (*piece, (np.nan, np.nan))])
+            self.put(Line2D(*points.T, **style))
+
+    def put_image(self, place: Bbox, values: NDArray[Any], scale: Normalize) -> BboxImage:
+        """Colour a map's cells, all equally large; what is undefined stays as it is."""
+        where = TransformedBbox(place, self.inches)
+        image = BboxImage(where, cmap=COLOURS, norm=scale, interpolation="nearest", origin="upper")
+        image.set_interpolation_stage("rgba")  # colour the cells, which are fewer than pixels
+        image.set_data(values)
+        self.put(image)
+        return image
+
+    def put(self, artist: Any) -> None:
+        """Add what has its place in inches from the upper left, unless it has a transform of its own."""
+        if not artist.is_transform_set():
+            artist.set_transform(self.inches)
+        self.figure.add_artist(artist)
 
     def name_axes(self, across: str, down: str, since: float) -> None:
         """Title both axes of the panels that were added since ``since`` inches were filled."""
@@ -142,7 +191,7 @@ class Page:
 
     def _legend(self, handles: Sequence[Artist], left: float, top: float, inches: float) -> float:
         labels = [str(handle.get_label()) for handle in handles]
-        columns = _columns_of(labels, inches)
+        columns = columns_of(labels, inches)
         legend = self.figure.legend(
             handles=handles,
             labels=labels,
@@ -162,7 +211,7 @@ class Page:
         self._places.append(
             lambda page: legend.set_bbox_to_anchor((left / PAGE_WIDTH, 1 - top / page), self.figure.transFigure)
         )
-        return 0.175 * math.ceil(len(labels) / columns)
+        return KEY * math.ceil(len(labels) / columns)
 
     def colour_bar(self, scale: Normalize, label: str, left: float, mark: float | None = None) -> None:
         """Put a scale's colour bar across the page, its meaning below, and a line at one of its values."""
@@ -182,17 +231,18 @@ class Page:
         """Set the page's height, and place everything."""
         height = self.used + MARGIN
         self.figure.set_figheight(height)
+        self._upright.scale(1, -1).translate(0, height)
         for place in self._places:
             place(height)
         return self.figure
 
 
-def _columns_of(labels: Sequence[str], inches: float) -> int:
+def columns_of(labels: Sequence[str], inches: float) -> int:
     """How many columns a legend can have."""
-    wide = [_HANDLE + text_inches(label, SMALL) for label in labels]
+    wide = [HANDLE + text_inches(label, SMALL) for label in labels]
     for columns in range(len(labels), 1, -1):
         # As a legend fills its columns.
-        if sum(column.max() + _BETWEEN for column in np.array_split(wide, columns)) <= inches:
+        if sum(column.max() + BETWEEN for column in np.array_split(wide, columns)) <= inches:
             return columns
     return 1
 
@@ -252,4 +302,4 @@ def mark_cut(
 def cut_key() -> Artist:
     """What a legend says of `mark_cut`."""
     marker: Any = CARETRIGHT  # matplotlib's types take its value alone
-    return Line2D([], [], color="black", marker=marker, linestyle="", label="goes on beyond the panel")
+    return Line2D([], [], color="black", marker=marker, linestyle="", label=CUT)

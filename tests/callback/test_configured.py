@@ -27,6 +27,7 @@ SETTINGS = {
     "curves": "all",
     "every_n_epochs": 2,
     "figures_every_n_epochs": 3,
+    "figures": "all",
     "faithfulness_every_n_epochs": 0,
     "every_n_batches": 4,
     "table": "folder",

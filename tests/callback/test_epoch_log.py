@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.callback import epoch_log as epoch_log_module
-from lightning_xattn.callback.epoch_log import EpochLog
+from lightning_xattn.callback import pictures as pictures_module
+from lightning_xattn.callback.pictures import Drawn
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.evaluation.curves import mean_curves
 from lightning_xattn.evaluation.results import REST
@@ -19,6 +19,7 @@ from lightning_xattn.evaluation.statistics import ALIGNMENT
 from lightning_xattn.report.figures import overview_figure
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader, validate
+from tests.visualizations.conftest import texts
 
 MANY = 14
 
@@ -134,9 +135,8 @@ def test_what_is_wrong_in_our_own_extras_ends_no_run(broken, tmp_path, monkeypat
     def fails(*args, **kwargs):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(epoch_log_module, broken, fails)
-    for figures in ("fusion_figures", "epoch_figures"):  # drawing takes most of the time
-        monkeypatch.setattr(epoch_log_module, figures, lambda *args, **kwargs: ())
+    monkeypatch.setattr(pictures_module, broken, fails)
+    monkeypatch.setattr(Drawn, "other_figures", lambda self: ())  # drawing takes most of the time
     with pytest.warns(XAttnWarning, match=tells("oh")):
         logged = validate(ToyModule(), AttentionExplainabilityCallback(), logger=False, default_root_dir=tmp_path)
     assert "xattn_alignment/val/all" in logged
@@ -152,33 +152,32 @@ def test_the_overview_is_of_validations_and_has_the_null_and_the_intervals():
     tests = [record(5, **numbers) | {"stage": "test"}]
     now = [record(epoch, **numbers | {"alignment/correct": 0.3 + epoch}) for epoch in range(3)]
     figure = overview_figure([*tests, *now], "val, epoch 2")
-    (panel,) = figure.axes
+    (panel,) = figure.plots
     lines = {line.get_label(): line for line in panel.lines}
     assert set(lines) == {"correct", "incorrect", "null"}
     assert lines["correct"].get_xdata().tolist() == [0, 1, 2]
     assert lines["correct"].get_ydata().tolist() == [0.3, 1.3, 2.3]
-    band = panel.collections[0]
-    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(0.35)
+    assert panel.bands["correct"].get_path().vertices[:, 1].max() == pytest.approx(0.35)
 
 
 def test_an_arrow_marks_where_an_interval_leaves_the_panel():
     numbers = {"probed_samples": 9, "probe/left": 0.9, "probe/left_low": 0.8}
     records = [record(epoch, **numbers, **{"probe/left_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))]
     figure = overview_figure(records, "val")
-    panel = next(panel for panel in figure.axes if panel.get_title() == "accuracy of each probe")
-    (arrow,) = [line for line in panel.lines if line.get_marker() == CARETUP]
-    top = panel.get_ylim()[1]
+    panel = next(panel for panel in figure.plots if panel.title == "accuracy of each probe")
+    (arrow,) = panel.marks
+    top = panel.ylim[1]
+    assert arrow.get_marker() == CARETUP
     assert (arrow.get_xdata().tolist(), arrow.get_ydata().tolist()) == ([1, 2], [top, top])
-    said = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    said = texts(figure).splitlines()
     assert said.count("goes on beyond the panel") == 1
 
 
 def test_several_validations_of_an_epoch_are_drawn_over_steps():
     records = [{"stage": "val", "epoch": 0, "step": step, "probed_samples": 9} for step in (3, 7)]
     figure = overview_figure(records, "val")
-    assert {panel.get_xlabel() for panel in figure.axes if panel.get_xlabel()} == {"step"}
-    panels = [panel for panel in figure.axes if panel.axison]
-    assert all(any("not computed" in text.get_text() for text in panel.texts) for panel in panels)
+    assert {(panel.label, panel.note) for panel in figure.plots} == {("step", "not computed")}
+    assert texts(figure).splitlines().count("not computed") == len(figure.plots)
 
 
 def test_models_with_one_direction_have_curves_of_correct_and_incorrect():
@@ -209,12 +208,13 @@ def test_trial_runs_without_a_logger_leave_nothing(setting, tmp_path):
 def test_a_number_that_the_last_epoch_lacks_is_drawn_of_those_before():
     records = [record(e, **{"probed_samples": 9, "contribution/share/a": 0.6}) for e in range(3)]
     figure = overview_figure([*records, record(3, probed_samples=9)], "val")
-    panel = next(panel for panel in figure.axes if panel.get_title() == "share of the contribution")
+    panel = next(panel for panel in figure.plots if panel.title == "share of the contribution")
     assert panel.lines[0].get_ydata()[:3].tolist() == [0.6] * 3
 
 
 def test_the_epochs_report_names_every_class(tmp_path, monkeypatch):
-    monkeypatch.setattr(EpochLog, "_figures", lambda *args: iter(()))  # drawing takes most of the time
+    for figures in ("main_figures", "other_figures"):  # drawing takes most of the time
+        monkeypatch.setattr(Drawn, figures, lambda self: ())
     torch.manual_seed(0)
     watch = AttentionExplainabilityCallback()
     validate(ManyClasses(), watch, many_classes(), logger=False, default_root_dir=tmp_path)

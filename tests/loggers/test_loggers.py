@@ -20,12 +20,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.core.files import path_of
-from lightning_xattn.loggers import WRITERS, LoggerWriters
+from lightning_xattn.loggers import WRITERS, LoggerWriters, Picture
 from lightning_xattn.loggers.writers import FolderWriter
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
 OVERVIEW, MAP, REPORT = "xattn_about/val/overview", "xattn_map/val/audio_to_text", "xattn_about/val/report"
+BY_CLASS = "xattn_map/val/by_class"
 
 
 def client(name):
@@ -59,7 +60,7 @@ def logged(tmp_path_factory):
 def test_tensorboard(logged):
     _, events = logged
     assert [point.step for point in events.Scalars("xattn_alignment/val/all")] == [4]
-    for tag in (OVERVIEW, MAP):
+    for tag in (OVERVIEW, BY_CLASS, MAP):
         assert [image.step for image in events.Images(tag)] == [4]
     # The overview is the first thing in the images tab.
     assert min(events.Tags()["images"]) == OVERVIEW
@@ -73,9 +74,28 @@ def test_several_loggers_have_the_same_and_others_get_files(logged):
     files = {str(path.parent.relative_to(folder / "csv")) for path in (folder / "csv").rglob("step_*.png")}
     assert files == set(events.Tags()["images"])
     event = events.Images(OVERVIEW)[0].encoded_image_string
-    theirs, ours = Image.open(io.BytesIO(event)), Image.open(folder / "csv" / OVERVIEW / "step_000004.png")
-    assert np.array_equal(np.asarray(theirs), np.asarray(ours))
+    assert event == (folder / "csv" / OVERVIEW / "step_000004.png").read_bytes(), "encoded once"
+    image = events.Images(OVERVIEW)[0]
+    assert Image.open(io.BytesIO(event)).size == (image.width, image.height)
     assert (folder / "csv" / REPORT / "step_000004.md").read_text().startswith("# Cross-modal")
+
+
+def test_tensorboardx_gets_its_own_messages(tmp_path):
+    """Its writer's class is not torch's."""
+
+    class Writer:
+        def __init__(self):
+            self.images = []
+
+        def add_image(self, name, pixels, global_step, dataformats):
+            self.images.append((name, pixels.tolist(), global_step, dataformats))
+
+    class Board(TensorBoardLogger):
+        experiment = Writer()
+
+    LoggerWriters([Board(tmp_path)], tmp_path).log_figures(small_figures(), 3)
+    ((name, pixels, step, form),) = Board.experiment.images
+    assert (name, np.shape(pixels), step, form) == (OVERVIEW, (100, 100, 3), 3, "HWC")
 
 
 @pytest.mark.slow
@@ -100,7 +120,10 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         time.sleep(0.1)
     pictures = [record for record in records if f"{OVERVIEW}/path" in record]
     assert [record["trainer/global_step"] for record in pictures] == [4]
-    assert f"{MAP}/path" in pictures[0], "all pictures of an evaluation are one step of theirs"
+    assert f"{BY_CLASS}/path" in pictures[0], "the pictures of an epoch are one step of theirs"
+    others = [record for record in records if f"{MAP}/path" in record]
+    assert [record["trainer/global_step"] for record in others] == [4]
+    assert "xattn_map/val/text_to_audio/path" in others[0], "and so are those of the end of the fit"
     with Image.open(folder / "files" / pictures[0][f"{OVERVIEW}/path"]) as picture:
         assert picture.width > 400
     assert [one["trainer/global_step"] for one in records if f"{REPORT}/path" in one] == [4]
@@ -150,6 +173,7 @@ def test_mlflow(tmp_path):
     found = list(below(None))
     pictures = [path for path in found if path.startswith("images/") and path.endswith(".png")]
     overviews = [path for path in pictures if "overview" in path and "val" in path]
+    assert any("by_class" in path for path in pictures)
     assert sorted(int(re.search(r"step\W(\d+)", path)[1]) for path in overviews) == steps == [4]
     assert f"{REPORT}/step_000004.md" in found
     assert "xattn_about/test/report/step_000005.html" in found
@@ -175,7 +199,7 @@ def test_comet(tmp_path):
         files = [one["payload"] for one in messages if one["type"] == "file_upload"]
         about = [one["additional_params"] for one in files]
         names = {(one.get("fileName") or one.get("figName"), one.get("step")) for one in about}
-        assert {(OVERVIEW, 4), (MAP, 4), (f"{REPORT}.md", 4)} <= names
+        assert {(OVERVIEW, 4), (BY_CLASS, 4), (MAP, 4), (f"{REPORT}.md", 4)} <= names
         assert any(name == "xattn_about/test/report.html" for name, _ in names)
         assert len([name for name, _ in names if name.endswith(".parquet")]) == 4
         picture = next(one for one in files if one["additional_params"].get("figName") == OVERVIEW)
@@ -195,6 +219,9 @@ def test_a_trial_run_leaves_nothing(tmp_path):
     trainer = quiet_trainer(fast_dev_run=True, callbacks=[AttentionExplainabilityCallback()], default_root_dir=tmp_path)
     trainer.fit(ToyModule(), toy_loader(), toy_loader())
     assert list(tmp_path.iterdir()) == []
+
+
+BLACK = Picture(np.zeros((2, 3, 3), np.uint8))
 
 
 def small_figures():
@@ -276,7 +303,7 @@ def test_any_names_are_two_files_that_can_be_written(tmp_path):
         "漢" * 200,
         "漢" * 201,
     ]
-    FolderWriter(None, tmp_path).log_images({f"map/{name}": np.zeros((2, 3, 3), np.uint8) for name in names}, 0)
+    FolderWriter(None, tmp_path).log_images({f"map/{name}": BLACK for name in names}, 0)
     written = list((tmp_path / "map").glob("*/step_000000.png"))
     assert len(written) == len(names)
     assert all(path.parent.name.isprintable() and len(path.parent.name.encode()) < 120 for path in written)

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import BboxImage
 
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.evaluation.curves import epoch_curves, epoch_record, fusion_curves, fusion_record
@@ -19,6 +19,7 @@ from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.report.estimates import estimate_mean
 from lightning_xattn.report.figures import (
+    attention_figure,
     dataset_figures,
     epoch_figures,
     fusion_figures,
@@ -54,6 +55,46 @@ def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
     for name, figure in figures.items():
         assert "epoch 4" in texts(figure)
         assert name == "support/cells" or "per true class" in texts(figure).replace("\n", " ")
+
+
+def test_the_page_of_maps_has_those_of_each_class(result, members):
+    axes = {"left": TokenAxis("second", names=list("stuvw")), "right": TokenAxis("region", names=["too", "few"])}
+    figure = attention_figure(result.headline, CLASSES, classes_by="target", axes=axes, context="epoch 4")
+    found = {one.get_gid(): one.get_array() for one in figure.findobj(BboxImage)}
+    for direction, maps in result.headline.maps.items():
+        for class_id, weights in enumerate(maps.numpy()):
+            lifts = weights * weights.shape[1]
+            # The 7 right tokens lie horizontally.
+            expected = lifts if lifts.shape == (5, 7) else lifts.T
+            np.testing.assert_allclose(found.pop(f"{direction}/{class_id}"), expected, rtol=1e-6)
+    assert set(found) == {"left_to_right/scale", "right_to_left/scale"}
+    said = texts(figure)
+    for name in CLASSES:
+        assert f"{name} (n={int(members[name].sum())})" in said
+    assert "epoch 4" in said
+    # An axis of another length is not used.
+    assert {"second", "right token"} <= set(said.splitlines())
+
+
+def test_the_page_of_maps_takes_the_summarys_numbers_of_tokens(monkeypatch):
+    calls = kept_calls(monkeypatch, "plot_attention_by_class")
+    one = summary([0, 0, 0, 1, 1, -1], [CORRECT, CORRECT, INCORRECT, INCORRECT, UNKNOWN, CORRECT])
+    there, back = one.heads
+    assert one.tokens == {there: (5, 7), back: (7, 5)}
+    one.tokens = {there: (500, 7), back: (7, 500)}
+    axes = {"eeg": TokenAxis("region", names=[f"{i}" for i in range(500)]), "spec": TokenAxis("s", names=list("ab"))}
+    said = {"classes_by": "prediction", "axes": axes, "context": "here"}
+    attention_figure(one, NAMES, **said)
+    attention_figure(one, (), **said)
+    (name, (maps, counts, names), settings), (_, (_, of_all, all_names), others) = calls
+    assert (name, counts, names) == ("plot_attention_by_class", [3, 2, 0], list(NAMES))
+    assert [*maps] == ["eeg_to_spec", "spec_to_eeg"]
+    assert all(maps[str(direction)] is of_one for direction, of_one in one.maps.items())
+    tokens = {"eeg_to_spec": (500, 7), "spec_to_eeg": (7, 500)}
+    assert settings == said | {"axes": {"eeg": axes["eeg"]}, "tokens": tokens}
+    assert (of_all, all_names, others["classes_by"]) == ([3], ["all samples"], None)
+    one.maps = {}
+    assert attention_figure(one, NAMES, **said) is None
 
 
 @pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
@@ -204,7 +245,7 @@ SHOWN = {
 def test_each_curve_of_the_overview_is_what_the_records_say(records):
     figure = overview_figure([one | {"support/delta_auroc": 0.1} for one in records], "val, epoch 3")
     assert "val, epoch 3" in texts(figure)
-    shown, said = {panel.get_title().replace("\n", " "): panel for panel in panels(figure)}, records[1:]
+    shown, said = {plot.title: plot for plot in figure.plots}, records[1:]
     assert list(shown) == list(SHOWN)
     references = {
         "alignment": ("null", [one["alignment/null"] for one in said]),
@@ -212,41 +253,41 @@ def test_each_curve_of_the_overview_is_what_the_records_say(records):
         "detects errors (AUROC)": ("chance", [0.5] * 3),
     }
     for title, (topic, names) in SHOWN.items():
-        lines = {line.get_label(): line for line in shown[title].lines if not line.get_label().startswith("_")}
+        lines = {line.get_label(): line for line in shown[title].lines}
         name, values = references.get(title, ("", []))
         assert list(lines) == [*names, name][: len(names) + bool(name)]
-        bands = [band for band in shown[title].collections if isinstance(band, PolyCollection)]
-        for band, curve in zip(bands, names, strict=True):
+        assert list(shown[title].bands) == names
+        for curve, band in shown[title].bands.items():
             key = f"{topic}{curve.split()[-1]}_auroc" if topic == "outcome/" else topic + curve.replace(" ", "_")
             assert lines[curve].get_xdata().tolist() == [0, 2, 3]
             np.testing.assert_allclose(lines[curve].get_ydata(), [one[key] for one in said])
             # The edge goes along the lower ends and back along the upper ones.
             low, high = ([one[f"{key}_{end}"] for one in said] for end in ("low", "high"))
             assert low[0] < lines[curve].get_ydata()[0] < high[0]
-            edge = {tuple(point) for point in band.get_paths()[0].vertices.round(9)}
+            edge = {tuple(point) for point in band.get_path().vertices.round(9)}
             ends = {(x, round(y, 9)) for x, y in zip([0, 2, 3] * 2, [*low, *high], strict=True)}
             assert edge == ends
             if curve in LOOKS:
                 assert lines[curve].get_color() == LOOKS[curve].colour
-            np.testing.assert_allclose(band.get_facecolor()[0][:3], to_rgb(lines[curve].get_color()))
+            np.testing.assert_allclose(band.get_facecolor()[:3], to_rgb(lines[curve].get_color()))
         if name:
             assert lines[name].get_ydata() == pytest.approx(values)
 
 
 def test_a_single_evaluation_has_points_with_bars(records):
     (test, *_), figure = records, overview_figure(records[:1], "test")
-    probes = next(panel for panel in panels(figure) if panel.get_title() == "accuracy of each probe")
-    for name, bars in zip(("left", "right", "joint"), probes.containers, strict=True):
+    probes = next(plot for plot in figure.plots if plot.title == "accuracy of each probe")
+    for name in ("left", "right", "joint"):
         (line,) = (line for line in probes.lines if line.get_label() == name)
         assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([9], [test[f"probe/{name}"]])
-        ends = bars.lines[2][0].get_segments()[0][:, 1]
+        ends = probes.bars[name].get_ydata()
         assert ends == pytest.approx([test[f"probe/{name}_low"], test[f"probe/{name}_high"]])
 
 
 def test_what_is_no_share_has_its_size(records):
     numbers = {f"contribution/size/{name}{end}": 7.0 for name in ("left", "right") for end in ("", "_low", "_high")}
     regression = {name: value for name, value in records[1].items() if not name.startswith("contribution")} | numbers
-    shown = {panel.get_title().replace("\n", " "): panel for panel in panels(overview_figure([regression], "val"))}
+    shown = {plot.title: plot for plot in overview_figure([regression], "val").plots}
     assert "share of the contribution" not in shown
     lines = {line.get_label(): line.get_ydata().tolist() for line in shown["size of the contribution"].lines}
     assert (lines["left"], lines["right"]) == ([7], [7])
@@ -331,7 +372,11 @@ def test_what_the_figures_of_a_layer_are_drawn_of(monkeypatch):
         queries, keys = (5, 7) if direction.query == "eeg" else (7, 5)
         asked = f"here; {queries} {direction.query} queries ask {keys} {direction.key} keys"
         of_axes = {"query_axis": axes[direction.query], "key_axis": axes[direction.key]}
-        assert settings == said | of_axes | {"direction": str(direction), "context": asked}
+        assert settings == said | of_axes | {
+            "direction": str(direction),
+            "context": asked,
+            "tokens": (queries, keys),
+        }
         of_outcomes = one.outcome_maps[direction]
         expected = [*one.maps[direction], of_outcomes[CORRECT], of_outcomes[INCORRECT]]
         np.testing.assert_array_equal(maps, np.stack(expected))
@@ -417,7 +462,7 @@ def test_of_many_layers_four_are_shown_from_the_first_to_the_last():
 def test_an_undefined_number_is_drawn_nowhere(records):
     gone = records[2] | {"probe/left": math.nan}
     figure = overview_figure([records[1], gone, records[3]], "val")
-    probes = next(panel for panel in panels(figure) if panel.get_title() == "accuracy of each probe")
+    probes = next(plot for plot in figure.plots if plot.title == "accuracy of each probe")
     assert np.isnan(probes.lines[0].get_ydata()).tolist() == [False, True, False]
 
 

@@ -18,6 +18,7 @@ from lightning_xattn.visualizations import (
     Curve,
     Estimate,
     Panel,
+    plot_attention_by_class,
     plot_attention_heatmap,
     plot_class_attention,
     plot_class_comparison,
@@ -64,6 +65,17 @@ def attention_figure(classes: list[str], query: TokenAxis, key: TokenAxis, missi
     return plot_class_attention(
         maps, counts, classes, direction="eeg_to_spec", query_axis=query, key_axis=key, context=CONTEXT
     )
+
+
+def both_ways_figure(
+    classes: list[str], one: TokenAxis, other: TokenAxis, missing: int | None = None, back: bool = True
+) -> Figure:
+    maps = {"eeg_to_spec": make_maps(len(classes), len(one), len(other))}
+    maps |= {"spec_to_eeg": make_maps(len(classes), len(other), len(one))} if back else {}
+    counts = np.arange(len(classes)) + 120
+    if missing is not None:
+        counts[missing] = 0
+    return plot_attention_by_class(maps, counts, classes, axes={"eeg": one, "spec": other}, context=CONTEXT)
 
 
 def entropy_figure(classes: list[str], heads: int, missing: int | None = None) -> Figure:
@@ -132,9 +144,12 @@ SMALL, WINDOWS = make_pair(), make_pair(heads=8, queries=9, keys=119)
 MANY_HEADS, SINGLE = make_pair(heads=16), make_pair(queries=1, keys=1)
 PLACES = {"eeg": EEG, "spec": SPEC}
 ONE = TokenAxis("pooled", names=["all"])
+ELECTRODES = TokenAxis("electrode", names=[f"electrode {i}" for i in range(128)])
 MANY = [f"class {i}" for i in range(20)]
 QUICK = {
     "six classes": lambda: attention_figure(HMS, EEG, SPEC, missing=3),
+    "both ways": lambda: both_ways_figure(HMS, EEG, SPEC, missing=3),
+    "both ways, long class names": lambda: both_ways_figure(LONG, LONG_REGIONS, SPEC),
     "long class names": lambda: attention_figure(LONG, EEG, SPEC),
     "long names below": lambda: attention_figure(HMS, REGIONS, LONG_REGIONS),
     "one key, two classes": lambda: attention_figure(HMS[:2], EEG, ONE),
@@ -151,6 +166,11 @@ QUICK = {
 """One or two layouts of each figure, the fullest ones."""
 
 MORE = {
+    "one way": lambda: both_ways_figure(HMS, EEG, SPEC, back=False),
+    "both ways, twenty classes": lambda: both_ways_figure(MANY, EEG, SPEC),
+    "both ways, long names below": lambda: both_ways_figure(HMS, REGIONS, LONG_REGIONS),
+    "both ways, many regions": lambda: both_ways_figure(HMS[:2], REGIONS, ELECTRODES),
+    "both ways, one key": lambda: both_ways_figure(HMS, ONE, EEG),
     "six classes, the way back": lambda: attention_figure(HMS, SPEC, EEG),
     "five classes": lambda: attention_figure(HMS[:5], EEG, SPEC),
     "one class": lambda: attention_figure(HMS[:1], EEG, SPEC),
@@ -198,7 +218,8 @@ OF_SAMPLES = ("sample", "heatmap", "heads", "16 heads", "signals")
 def shown_texts(figure: Figure) -> list[Text]:
     """All that is to be read."""
     legends = [*figure.legends, *(ax.get_legend() for ax in figure.axes if ax.get_legend())]
-    shown = [*figure.texts, *(text for legend in legends for text in legend.get_texts())]
+    own = (child for child in figure.get_children() if isinstance(child, Text))
+    shown = [*own, *(text for legend in legends for text in legend.get_texts())]
     for ax in figure.axes:
         # Titles may stand in the middle or at either side.
         shown += [child for child in ax.get_children() if isinstance(child, Text)]

@@ -18,6 +18,7 @@ from lightning_xattn.visualizations import (
     Curve,
     Estimate,
     Panel,
+    plot_attention_by_class,
     plot_attention_heatmap,
     plot_class_attention,
     plot_class_comparison,
@@ -50,6 +51,9 @@ def plot_signals(**save):
 PAIR = make_pair()
 GROUPS = [Estimate(0.3, 0.2, 0.4, 9), Estimate(0.2, 0.1, 0.3, 7)]
 PLOTS = {
+    "attention_by_class": lambda **save: plot_attention_by_class(
+        {"x_to_y": make_maps(2, 3, 5)}, [4, 5], ["a", "b"], **save
+    ),
     "attention_heatmap": lambda **save: plot_attention_heatmap(PAIR["eeg_to_spec"], **save),
     "attention_over_signals": lambda **save: plot_signals(**save),
     "class_attention": lambda **save: plot_class_attention(

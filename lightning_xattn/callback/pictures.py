@@ -1,0 +1,145 @@
+"""What loggers get of an evaluation beside its curves: figures, a report, tables, after a test a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning import Trainer
+
+from lightning_xattn.core.notices import describe_error, info, warn
+from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.loggers import LoggerWriters
+from lightning_xattn.report import create_explainability_report
+from lightning_xattn.report.figures import attention_figure, epoch_figures, fusion_figures, overview_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OUTPUT_FOLDER = "xattn_output"
+"""Below the Trainer's root folder: figures and reports of a Trainer without a logger. Not the package's name, as the
+root may be its repository."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn of one dataloader.
+
+    Parameters
+    ----------
+    whole, shown
+        Its results, with all classes, and with those that are shown.
+    records
+        Of its first layer, since the fit began.
+    scope, layers
+        What it is called in tags, and what each layer that is shown is.
+    title
+        Where the numbers come from, such as ``"val, epoch 3"``.
+    """
+
+    whole: DatasetResult
+    shown: DatasetResult
+    records: Sequence[Record]
+    scope: str
+    layers: Mapping[str, str]
+    title: str
+
+    def main_figures(self) -> Iterator[tuple[str, Figure]]:
+        """The two figures that a fit draws in every epoch: tag and figure."""
+        layer = self.records[-1]["layer"]
+        yield f"xattn_about/{self.scope}/overview", overview_figure(self.records, self._context(layer))
+        if layer is not None:
+            figure = attention_figure(
+                self.shown.summaries[layer],
+                self.shown.class_names,
+                classes_by=self.shown.classes_by,
+                axes=self.shown.axes,
+                context=self._context(layer),
+            )
+            if figure is not None:
+                yield f"xattn_map/{self.scope}/by_class", figure
+
+    def other_figures(self) -> Iterator[tuple[str, Figure]]:
+        """All others."""
+        one = self.shown
+        said = {"classes_by": one.classes_by}
+        if one.fusion is not None:
+            yield from fusion_figures(one.fusion, self.scope, one.class_names, context=self.title, **said)
+        for layer, scope in self.layers.items():
+            yield from epoch_figures(
+                one.summaries[layer], scope, one.class_names, axes=one.axes, context=self._context(layer), **said
+            )
+
+    def _context(self, layer: str | None) -> str:
+        has_several = layer is not None and self.layers[layer] != self.scope
+        return f"{self.title}, layer {layer}" if has_several else self.title
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What loggers get of an evaluation beside its curves.
+
+    Parameters
+    ----------
+    drawn
+        Of each dataloader.
+    tables
+        The files of the sample table, by tag.
+    step
+        Of the evaluation's scalars.
+    has_page
+        Whether the report comes as a page, too.
+    """
+
+    drawn: Sequence[Drawn]
+    tables: Mapping[str, Path]
+    step: int
+    has_page: bool
+
+    def log(self, trainer: Trainer, main: bool, rest: bool) -> None:
+        """Hand the two main figures, all the rest, or both to the Trainer's loggers; what fails is a warning."""
+        try:
+            self._log(trainer, main, rest)
+        except Exception as error:  # whatever it is, the user's run goes on
+            warn(f"'{self.drawn[0].title}' could not be drawn. {describe_error(error)}", once=True)
+
+    def _log(self, trainer: Trainer, main: bool, rest: bool) -> None:
+        root = str(trainer.default_root_dir)
+        writers = LoggerWriters(trainer.loggers, Path("." if "://" in root else root) / OUTPUT_FOLDER)
+        info((f"Figures and reports are written to {folder}." for folder in writers.folders), once=True)
+        if not writers:
+            return
+        for one in self.drawn:
+            writers.log_figures(self._figures(one, main, rest), self.step)
+            if rest:
+                self._log_report(writers, one)
+        for tag, path in self.tables.items() if rest else ():
+            self._log_table(writers, tag, path)
+
+    def _figures(self, one: Drawn, main: bool, rest: bool) -> Iterator[tuple[str, Figure]]:
+        if main:
+            yield from one.main_figures()
+        if rest:
+            yield from one.other_figures()
+
+    def _log_report(self, writers: LoggerWriters, one: Drawn) -> None:
+        tag, step = f"xattn_about/{one.scope}/report", self.step
+        text = partial(create_explainability_report, one.whole, format="markdown")
+        writers.log("reports", text, lambda writer, made: writer.log_text(tag, made, step))
+        if self.has_page:
+            page = partial(create_explainability_report, one.whole, format="html")
+            writers.log("pages", page, lambda writer, made: writer.log_page(tag, made, step))
+
+    def _log_table(self, writers: LoggerWriters, tag: str, path: Path) -> None:
+        writers.log("tables", lambda: path, lambda writer, made: writer.log_table(tag, made, self.step))
+
+
+def may_draw(trainer: Trainer) -> bool:
+    """Whether this process hands figures and reports to loggers at all: the first one, unless the run is a trial."""
+    is_trial = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+    return bool(trainer.is_global_zero and not is_trial)
