@@ -69,7 +69,7 @@ def attention_figure(
         names,
         axes=fitting_axes(axes, dict(zip((direction.query, direction.key), tokens, strict=True))),
         tokens={str(one): counts for one, counts in summary.tokens.items()},
-        classes_by=classes_by if len(names) > 1 else None,
+        classes_by=classes_by if names != ["all samples"] else None,
         context=context,
     )
 
