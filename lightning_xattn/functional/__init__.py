@@ -5,6 +5,7 @@ from lightning_xattn.functional.directions import *
 from lightning_xattn.functional.error_detection import *
 from lightning_xattn.functional.faithfulness import *
 from lightning_xattn.functional.intervals import *
+from lightning_xattn.functional.linear_probe import *
 from lightning_xattn.functional.outcomes import *
 from lightning_xattn.functional.pairs import *
 from lightning_xattn.functional.probe import *
@@ -17,6 +18,7 @@ __all__ = [
     "AddedValue",
     "Estimate",
     "Game",
+    "LinearProbe",
     "Permutation",
     "Rows",
     "Separation",
@@ -54,6 +56,7 @@ __all__ = [
     "inverse_temperature",
     "lift",
     "lift_map",
+    "macro_auroc_by_class",
     "macro_auroc_influence",
     "max_weight",
     "mean",
