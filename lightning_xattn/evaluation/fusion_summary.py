@@ -22,7 +22,7 @@ from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.core.ids import UNKNOWN_GROUP, id_text
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
-from lightning_xattn.evaluation.probe_numbers import ProbeNumbers
+from lightning_xattn.evaluation.probe_numbers import ProbeNumbers, find_places
 from lightning_xattn.evaluation.saved_probes import SavedProbes
 from lightning_xattn.evaluation.statistics import ERROR_SIDES, score_bins
 from lightning_xattn.evaluation.support import Cell, describe_right, describe_support, measure_added_value
@@ -265,10 +265,10 @@ class FusionSummary:
             """The macro AUROC of a probe among some samples."""
             key = several, chosen.numpy().tobytes()
             if key not in ranked:
-                of_target = read.of_target[several][chosen]
-                columns = probes[several].of_classes
+                of_target, probe = read.of_target[several][chosen], probes[several]
+                own = find_places(probe.classes, target[chosen])
                 ranked[key] = functional.macro_auroc_by_class(
-                    lambda classes: columns(classes)[chosen], of_target, target[chosen], n_classes
+                    lambda places: probe.of_known_class(places)[chosen], of_target, own, len(probe.classes)
                 )
             return ranked[key]
 

@@ -60,10 +60,11 @@ class ProbeNumbers:
         folds
             ``(samples,)`` int64, those of the probes: a fit is made once where samples of a fold come together.
         """
-        # Of many classes the probes' logarithms together are as many as one probe's may be.
-        order, rows = folds.argsort(stable=True), rows_at_once(probes[modalities].n_classes * len(probes))
+        # Classes that no fit knows have no probability: to leave them out changes no number.
+        classes = probes[modalities].classes
+        predicted, target = find_places(classes, predicted), find_places(classes, target)
+        order, rows = folds.argsort(stable=True), rows_at_once(len(classes) * len(probes))
         parts = [_read(probes, modalities, some, predicted[some], target[some]) for some in order.split(rows)]
-        parts = parts or [_read(probes, modalities, order, predicted, target)]
         place = order.argsort()
 
         def join(name: str) -> Tensor:
@@ -88,17 +89,26 @@ class ProbeNumbers:
         return self.most_probable[several] >= 0
 
 
+def find_places(classes: Tensor, ids: Tensor) -> Tensor:
+    """The place of each class id among ascending ``classes``; -1 where it is none of them."""
+    place = torch.searchsorted(classes, ids).clamp_max(len(classes) - 1)
+    return torch.where(classes[place] == ids, place, -1)
+
+
 def _read(
     probes: Mapping[Names, LinearProbe], modalities: Names, rows: Tensor, predicted: Tensor, target: Tensor
 ) -> ProbeNumbers:
-    """The numbers of some samples, of which these are the classes."""
-    logs = {several: probe.log_probabilities(rows) for several, probe in probes.items()}
+    """The numbers of some samples, of which these are the places of classes."""
+    logs = {several: probe.of_known_classes(rows) for several, probe in probes.items()}
     best = {several: one.max(1) for several, one in logs.items()}
     is_read = {several: ~one.isnan().any(1) for several, one in logs.items()}
     alone, joint = torch.stack([logs[name,] for name in modalities]), logs[modalities]
-    own = torch.where((target >= 0) & (target < joint.shape[1]), target, 0)[:, None]
+    own = target.clamp_min(0)[:, None]
     return ProbeNumbers(
-        {several: torch.where(is_read[several], one.indices, -1) for several, one in best.items()},
+        {
+            several: torch.where(is_read[several], probes[several].classes[one.indices], -1)
+            for several, one in best.items()
+        },
         {several: one.values.exp() for several, one in best.items()},
         {several: one.gather(1, own)[:, 0] for several, one in logs.items()},
         functional.supports(alone, predicted),

@@ -33,7 +33,7 @@ class LinearProbe:
     samples
         How many samples there are.
     classes
-        ``(n,)`` int64, ascending: the classes that are known to any fit.
+        ``(n,)`` int64, ascending: the classes that any fit knows, at least one.
     n_classes
         How many classes there are.
 
@@ -48,7 +48,7 @@ class LinearProbe:
     def __init__(
         self, score: Callable[[Tensor, Tensor | slice], Tensor], samples: int, classes: Tensor, n_classes: int
     ) -> None:
-        self._score, self.samples, self._classes, self.n_classes = score, samples, classes, n_classes
+        self._score, self.samples, self.classes, self.n_classes = score, samples, classes, n_classes
 
     def log_probabilities(self, rows: Tensor | None = None) -> Tensor:
         """Log probabilities of all classes.
@@ -64,46 +64,48 @@ class LinearProbe:
             ``(rows, n_classes)`` float64, natural logarithms, as a probability far from the data is too small for a
             number; minus infinity for a class that the sample's fit does not know; NaN where a sample cannot be read.
         """
-        if self._whole is not None:
-            return self._whole if rows is None else self._whole[rows]
-        rows = torch.arange(self.samples) if rows is None else rows
-        return torch.cat([self._compute(some) for some in rows.split(rows_at_once(self.n_classes))])
+        known = self.of_known_classes(torch.arange(self.samples) if rows is None else rows)
+        found = known.new_full((len(known), self.n_classes), -math.inf)
+        found[:, self.classes] = known
+        found[known.isnan().any(1)] = torch.nan
+        return found
 
-    def of_classes(self, classes: Tensor) -> Tensor:
-        """Log probabilities of some classes, ``(samples, classes)``, as those of all.
+    def of_known_classes(self, rows: Tensor) -> Tensor:
+        """The same of ``classes`` alone: all others have minus infinity.
 
         Parameters
         ----------
-        classes
-            ``(classes,)`` int64 class ids.
+        rows
+            ``(rows,)`` int64 places of samples.
         """
         if self._whole is not None:
-            return self._whole[:, classes]
-        found = torch.full((self.samples, len(classes)), -math.inf, dtype=torch.float64)
-        place = torch.searchsorted(self._classes, classes).clamp_max(max(0, len(self._classes) - 1))
-        known = self._classes[place] == classes if len(self._classes) else torch.zeros_like(classes, dtype=torch.bool)
-        for rows in torch.arange(self.samples).split(rows_at_once(len(classes))):
-            found[rows[:, None], known.nonzero()[:, 0]] = self._score(rows, place[known])
-        found -= self._normaliser[:, None]
-        return found
+            return self._whole[rows]
+        return torch.cat([self._compute(some) for some in rows.split(rows_at_once(len(self.classes)))])
+
+    def of_known_class(self, places: Tensor) -> Tensor:
+        """``(samples, places)`` the same of all samples and some of ``classes``.
+
+        Parameters
+        ----------
+        places
+            ``(places,)`` int64 the classes' places in ``classes``.
+        """
+        if self._whole is not None:
+            return self._whole[:, places]
+        rows = torch.arange(self.samples).split(rows_at_once(len(places)))
+        return torch.cat([self._score(some, places) for some in rows]) - self._normaliser[:, None]
 
     @cached_property
     def _whole(self) -> Tensor | None:
-        """All log probabilities, where they are few."""
-        if self.samples * self.n_classes > KEPT_CELLS:
-            return None
-        return self._compute(torch.arange(self.samples))
+        """All log probabilities of known classes, where they are few."""
+        few = self.samples * len(self.classes) <= KEPT_CELLS
+        return self._compute(torch.arange(self.samples)) if few else None
 
     @cached_property
     def _normaliser(self) -> Tensor:
         """``(samples,)`` the logarithm of the sum of the exponentials of a sample's scores."""
-        rows = torch.arange(self.samples).split(rows_at_once(len(self._classes)))
+        rows = torch.arange(self.samples).split(rows_at_once(len(self.classes)))
         return torch.cat([self._score(some, slice(None)).logsumexp(1) for some in rows])
 
     def _compute(self, rows: Tensor) -> Tensor:
-        scores = self._score(rows, slice(None)).log_softmax(1)
-        found = scores.new_full((len(rows), self.n_classes), -math.inf)
-        if len(self._classes):
-            found[:, self._classes] = scores
-        found[scores.isnan().any(1)] = torch.nan
-        return found
+        return self._score(rows, slice(None)).log_softmax(1)

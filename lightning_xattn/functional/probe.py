@@ -212,28 +212,40 @@ def inverse_temperature(scores: Tensor, target: Tensor) -> float:
     0.55
     """
     rows = rows_at_once(scores.shape[1])
-    return _find_factor(lambda: zip(scores.split(rows), target.split(rows), strict=True))
+    blocks = [_prepare_block(*one) for one in zip(scores.split(rows), target.split(rows), strict=True)]
+    return _find_factor(lambda: blocks)
 
 
-Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Gives the scores of all samples and their targets, a part of the samples at a time; called once in each step."""
+_RULED_OUT = -1e100
+"""In the place of minus infinity: its exponential is 0, and its square is a number."""
+
+_Block = tuple[Tensor, Tensor]
+"""Of some samples: ``(samples, classes)`` scores less the largest of each sample, and ``(samples,)`` of its class."""
 
 
-def _find_factor(blocks: Blocks, hint: float | None = None) -> float:
-    """`inverse_temperature` of scores in parts; with a ``hint`` that is near it takes fewer steps."""
+def _prepare_block(scores: Tensor, target: Tensor) -> _Block:
+    of_class = scores.gather(1, target[:, None])[:, 0]
+    counts = of_class.isfinite()
+    if not bool(counts.all()):
+        scores, of_class = scores[counts], of_class[counts]
+    largest = scores.amax(1)
+    return (scores - largest[:, None]).clamp_min_(_RULED_OUT), of_class - largest
+
+
+def _find_factor(blocks: Callable[[], Iterable[_Block]], hint: float | None = None) -> float:
+    """`inverse_temperature` of samples in blocks, asked for in each step; a ``hint`` that is near saves steps."""
     low, high, factor = LEAST_FACTOR, 1.0, 1.0
     for _ in range(50):  # the log loss is convex: Newton's method, or half the interval where that leaves it
         count, slope, curvature = 0, 0.0, 0.0
-        for scores, target in blocks():
-            of_class = scores.gather(1, target[:, None])[:, 0]
-            counts = of_class.isfinite()
-            scores, of_class = scores[counts], of_class[counts]
-            p = (factor * scores).softmax(1)
-            finite = scores.masked_fill(scores.isinf(), 0)  # times a probability of 0
-            expected = (p * finite).sum(1)
+        for scores, of_class in blocks():
+            # There may be many scores: each term is made in the place of the one before.
+            terms = (factor * scores).exp_()
+            whole = terms.sum(1)
+            expected = terms.mul_(scores).sum(1) / whole
+            squared = terms.mul_(scores).sum(1) / whole
             count += len(scores)
             slope += float((expected - of_class).sum())
-            curvature += float(((p * finite.square()).sum(1) - expected.square()).sum())
+            curvature += float((squared - expected.square()).sum())
         if not count:
             return 1.0
         low, high = (low, factor) if slope > 0 else (factor, high)
@@ -336,12 +348,12 @@ class _CrossFit:
     def _find_factor(self, left_out: Sequence[tuple[int, ...]]) -> float:
         """`inverse_temperature` of the samples of each first fold, by the fit without these folds."""
 
-        def blocks(share: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+        def blocks(share: float = 1.0) -> Iterator[_Block]:
             for folds in left_out:
                 weights, bias = self._fit_without(*folds)
                 seen = self._seen[folds[0]]
                 for rows in seen[: math.ceil(share * len(seen))].split(rows_at_once(len(self.classes))):
-                    yield self._features[rows] @ weights.T + bias, self._place[rows]
+                    yield _prepare_block(self._features[rows] @ weights.T + bias, self._place[rows])
 
         cells = len(self.classes) * sum(len(self._seen[folds[0]]) for folds in left_out)
         # The factor of a part of the samples is near that of all, so that few steps go through all.
@@ -407,7 +419,8 @@ def cross_fitted_probes(
     wanted = dict.fromkeys([*((name,) for name in features), *map(tuple, joints)])
     prepared = _prepare(features, target, folds, n_classes)
     if prepared is None:
-        return dict.fromkeys(wanted, LinearProbe(_score_nothing, len(target), target[:0], n_classes))
+        first = torch.arange(min(1, n_classes))
+        return dict.fromkeys(wanted, LinearProbe(_score_nothing, len(target), first, n_classes))
     finite, fit, columns, _ = prepared
     places = torch.where(finite, finite.cumsum(0) - 1, -1)
     return {
