@@ -30,10 +30,11 @@ def main() -> None:
         parser.error("--write takes the whole table")
     rows: list[Row] = []
     for one in BENCHMARKS:
-        if any(chosen.only in row.what for row in one.rows):
+        if any(chosen.only in " ".join(row.cells) for row in one.rows):
             start = time.perf_counter()
             rows += one.run(chosen.seconds)
-            print(f"{time.perf_counter() - start:5.0f} s  {one.rows[0].what}", file=sys.stderr, flush=True)
+            took = time.perf_counter() - start
+            print(f"{took:5.0f} s  {one.rows[0].model}: {one.rows[0].what}", file=sys.stderr, flush=True)
     print(f"{describe_machine()}\n\n{make_table(rows)}")
     if chosen.write:
         write_table(rows)

@@ -31,13 +31,13 @@ def _measure(seconds: float) -> list[Measured]:
     return [Measured(quartiles_of_ratios(one, plain), len(plain)) for one in ours]
 
 
-_SAMPLES = f"the reference model's {models.RECORDINGS} recordings"
+_SAMPLES = f"the reference model's {models.RECORDINGS} recordings in batches of {models.BATCH}"
 
 BENCHMARKS = (
     Benchmark(
         (
-            plan("middle", f"explain_loader: attention and probes, {_SAMPLES}", "predicting them", "with a table"),
-            plan("middle", f"explain_loader: defaults, {_SAMPLES}", "predicting them", "with a table"),
+            plan("middle", "explain_loader: attention and probes, a table", "predicting the samples", _SAMPLES),
+            plan("middle", "explain_loader: defaults, a table", "predicting the samples", _SAMPLES),
         ),
         _measure,
         seconds=20,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.alternatives import PARTNERS, HandWrittenHook, captum_contributions
-from benchmarks.table import Benchmark, Measured, plan
+from benchmarks.table import Benchmark, Measured, Row, plan
 from benchmarks.timing import quartiles, quartiles_of_ratios, times_within
 from examples import quick_start
 from lightning_xattn import AttentionExplainabilityCallback
@@ -29,7 +29,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """The callback's settings, from the least to all."""
 
-PLAIN = "without the callback"
+PLAIN = "the same without the callback"
 
 
 class EndTimed(AttentionExplainabilityCallback):
@@ -103,14 +103,12 @@ def _count_numbers(module: LightningModule, loader: Any) -> int:
     return sum(isinstance(one, float) for record in callback.history for one in record.values())
 
 
-def _plan_validations(model: str, samples: str) -> tuple[Any, ...]:
-    what, plain = f"validate: {{}}, {samples}", f"the same {PLAIN}"
-    hook = "a hand-written hook: need_weights=True, entropy by class in numpy"
+def _plan_validations(model: str, samples: str) -> tuple[Row, ...]:
     return (
-        *(plan(model, what.format(part), plain, "") for part in PARTS),
-        plan(model, f"validate: all figures, {samples}", "defaults less the same without figures", "", "s"),
-        plan(model, f"validate: {hook}, {samples}", f"the same {PLAIN}", ""),
-        plan(model, f"validate: attention alone, {samples}", "the hand-written hook", "all curves and intervals"),
+        *(plan(model, f"validate: {part}", PLAIN, samples) for part in PARTS),
+        plan(model, "validate: all figures", "defaults less the same without figures", samples, "s"),
+        plan(model, "validate: entropy by class, a hand-written hook in numpy", PLAIN, samples),
+        plan(model, "validate: attention alone", "the hand-written hook", samples),
     )
 
 
@@ -176,8 +174,9 @@ def _measure_captum(seconds: float) -> list[Measured] | str:
     ]
 
 
-SMALL = "the quick start's 500 samples"
-MIDDLE = f"the reference model's {models.RECORDINGS} recordings"
+SMALL = "the quick start's 500 samples in batches of 64, 12 x 8 tokens, 1 head"
+MIDDLE = f"the reference model's {models.RECORDINGS} recordings in batches of {models.BATCH}, 9 x 119 windows, 8 heads"
+FIT = "the quick start's 8 epochs of 2,000 and 500 samples in batches of 64"
 
 BENCHMARKS = (
     Benchmark(
@@ -187,22 +186,20 @@ BENCHMARKS = (
     ),
     Benchmark(
         (
-            plan("small", f"validate: contributions by the callback, {SMALL}", f"the same {PLAIN}", "attention, too"),
-            plan(
-                "small", f"validate: contributions by captum's ShapleyValueSampling, {SMALL}", f"the same {PLAIN}", ""
-            ),
-            plan("small", f"validate: contributions by captum's ShapleyValues, {SMALL}", f"the same {PLAIN}", ""),
+            plan("small", "validate: contributions, the callback with attention", PLAIN, SMALL),
+            plan("small", "validate: contributions, captum's ShapleyValueSampling", PLAIN, SMALL),
+            plan("small", "validate: contributions, captum's ShapleyValues", PLAIN, SMALL),
         ),
         _measure_captum,
         seconds=20,
     ),
     Benchmark(
         (
-            plan("small", "fit of the quick start: attention alone", PLAIN, "8 epochs, 2,000 and 500 samples"),
-            plan("small", "fit of the quick start: without figures", PLAIN, "8 epochs, 2,000 and 500 samples"),
-            plan("small", "fit of the quick start: defaults", PLAIN, "8 epochs, 2,000 and 500 samples"),
-            plan("small", "fit of the quick start: defaults, less what its end draws", PLAIN, "8 epochs"),
-            plan("small", "end of the fit", "nothing", "all figures, once", "s"),
+            plan("small", "fit: attention alone", PLAIN, FIT),
+            plan("small", "fit: without figures", PLAIN, FIT),
+            plan("small", "fit: defaults", PLAIN, FIT),
+            plan("small", "fit: defaults, less what its end draws", PLAIN, FIT),
+            plan("small", "fit: what its end draws", "nothing", FIT, "s"),
         ),
         _measure_fits,
         seconds=60,
