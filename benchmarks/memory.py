@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +23,8 @@ from benchmarks.table import Benchmark, Measured, Row, plan
 from benchmarks.timing import LEAST_TURNS, quartiles
 from lightning_xattn import AttentionExplainabilityCallback
 
-LIMIT = 90
-"""A process that takes more seconds than this is ended, and its rows say so."""
+SECONDS, GIGABYTES = 90, 12
+"""A process that takes more than this is ended, and its rows say so."""
 
 SETTINGS: dict[str, dict[str, Any] | None] = {
     "plain": None,
@@ -67,13 +68,15 @@ class Cost(NamedTuple):
     seconds: float
 
 
-def run(case: str, settings: str) -> Cost | None:
-    """The cost of one validation; None if it takes longer than `LIMIT`."""
+def run(case: str, settings: str) -> Cost | str:
+    """The cost of one validation, or why it has none."""
     command = [sys.executable, "-m", "benchmarks.memory", case, settings]
     try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return None
+        return f"takes more than {SECONDS} s"
+    if done.returncode:
+        return f"takes more than {GIGABYTES} GB, or fails: {done.stderr.strip().splitlines()[-1][:100]}"
     return Cost(*json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -82,11 +85,13 @@ def _measure(seconds: float, case: str, watched: tuple[str, ...], tells_more: bo
     turns: list[list[Cost]] = []
     end = time.perf_counter() + seconds
     while len(turns) < LEAST_TURNS or time.perf_counter() < end:
-        costs = [run(case, one) for one in ("plain", *watched)]
-        known = [one for one in costs if one is not None]
-        if len(known) < len(costs):
-            return f"takes more than {LIMIT} s"
-        turns.append(known)
+        turn: list[Cost] = []
+        for one in ("plain", *watched):
+            cost = run(case, one)
+            if isinstance(cost, str):
+                return cost
+            turn.append(cost)
+        turns.append(turn)
     found = []
     for i in range(1, len(watched) + 1):
         plain, ours = ([turn[place] for turn in turns] for place in (0, i))
@@ -135,15 +140,19 @@ BENCHMARKS = (
 
 def main(case: str, settings: str) -> None:
     """Print the cost of one validation."""
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES * 2**30, resource.RLIM_INFINITY))
     torch.manual_seed(0)
     module, samples, batch = CASES[case]()
     chosen = SETTINGS[settings]
     callbacks = () if chosen is None else (AttentionExplainabilityCallback(**chosen),)
-    with models.quietly():
-        trainer = models.make_trainer(*callbacks)
+    with models.quietly(), tempfile.TemporaryDirectory() as folder:
+        trainer = models.make_trainer(*callbacks, default_root_dir=folder)
         start = time.perf_counter()
         trainer.validate(module, DataLoader(samples, batch), verbose=False)
         seconds = time.perf_counter() - start
+    for callback in callbacks:  # which goes on where it cannot record, as it should in a run
+        if not callback.history:
+            raise RuntimeError("nothing was recorded")
     print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, seconds]))
 
 

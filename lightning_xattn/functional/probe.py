@@ -32,6 +32,9 @@ LEAST_OF_A_CLASS = 10
 LEAST_FACTOR, PRECISION = 0.01, 1e-7
 """The smallest factor of `inverse_temperature`, and how precise it is."""
 
+NEAR = 1e-4
+"""Where a step of Newton's method is smaller than this, what it gives is as precise as `PRECISION`."""
+
 JOINT = "joint"
 """The name of the probe on the features of all modalities."""
 
@@ -232,9 +235,9 @@ def _prepare_block(scores: Tensor, target: Tensor) -> _Block:
     return (scores - largest[:, None]).clamp_min_(_RULED_OUT), of_class - largest
 
 
-def _find_factor(blocks: Callable[[], Iterable[_Block]], hint: float | None = None) -> float:
-    """`inverse_temperature` of samples in blocks, asked for in each step; a ``hint`` that is near saves steps."""
-    low, high, factor = LEAST_FACTOR, 1.0, 1.0
+def _find_factor(blocks: Callable[[], Iterable[_Block]], first: float = 1.0) -> float:
+    """`inverse_temperature` of samples in blocks, which are asked for in each step; the nearer the first, the fewer."""
+    low, high, factor, highest = LEAST_FACTOR, 1.0, first, first
     for _ in range(50):  # the log loss is convex: Newton's method, or half the interval where that leaves it
         count, slope, curvature = 0, 0.0, 0.0
         for scores, of_class in blocks():
@@ -250,11 +253,13 @@ def _find_factor(blocks: Callable[[], Iterable[_Block]], hint: float | None = No
             return 1.0
         low, high = (low, factor) if slope > 0 else (factor, high)
         following = factor - slope / curvature if curvature > 0 else math.inf
-        if hint is not None:
-            following, hint = hint, None
-        if not low < following < high:
+        if following >= high > highest:
+            following = highest = high
+        elif not low < following < high:
             following = (low + high) / 2
-        if high - low < PRECISION or abs(following - factor) < PRECISION:
+        elif abs(following - factor) < NEAR:
+            return following
+        if high - low < PRECISION:
             return following
         factor = following
     return factor
