@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import models
+from benchmarks import models, prepared
 from benchmarks.table import Benchmark, Measured, plan
 from benchmarks.timing import quartiles_of_ratios, times_within
 from lightning_xattn import ExplainabilityCapture
@@ -16,7 +16,7 @@ from lightning_xattn import ExplainabilityCapture
 
 def _measure(seconds: float) -> list[Measured]:
     """``explain_loader`` without contributions and with a table, over plain prediction."""
-    module, batches = models.reference_model().eval(), models.reference_batches()
+    module, batches = prepared.reference_model().eval(), prepared.reference_batches()
 
     def predict() -> list[torch.Tensor]:
         with torch.no_grad():
@@ -31,7 +31,7 @@ def _measure(seconds: float) -> list[Measured]:
     return [Measured(quartiles_of_ratios(one, plain), len(plain)) for one in ours]
 
 
-_SAMPLES = f"the reference model's {models.RECORDINGS} recordings in batches of {models.BATCH}"
+_SAMPLES = f"the reference model's {prepared.RECORDINGS} recordings in batches of {prepared.BATCH}"
 
 BENCHMARKS = (
     Benchmark(

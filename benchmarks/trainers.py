@@ -14,7 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer, seed_everythin
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
-from benchmarks import models
+from benchmarks import models, prepared
 from benchmarks.alternatives import PARTNERS, HandWrittenHook, captum_contributions
 from benchmarks.table import Benchmark, Measured, Row, plan
 from benchmarks.timing import quartiles, quartiles_of_ratios, times_within
@@ -67,7 +67,7 @@ def fit(callback: Callback | None = None) -> None:
     with models.quietly(), tempfile.TemporaryDirectory() as folder:
         callbacks = () if callback is None else (callback,)
         trainer = models.make_trainer(*callbacks, logger=TensorBoardLogger(folder), max_epochs=8)
-        trainer.fit(quick_start.Matching(), *models.quick_start_loaders())
+        trainer.fit(quick_start.Matching(), *prepared.quick_start_loaders())
 
 
 def _measure_validations(
@@ -113,11 +113,11 @@ def _plan_validations(model: str, samples: str) -> tuple[Row, ...]:
 
 
 def _prepare_reference() -> tuple[LightningModule, Any]:
-    return models.reference_model(), models.reference_loader()
+    return prepared.reference_model(), prepared.reference_loader()
 
 
 def _prepare_quick_start() -> tuple[LightningModule, Any]:
-    return models.quick_start_model(), models.quick_start_loaders()[1]
+    return prepared.quick_start_model(), prepared.quick_start_loaders()[1]
 
 
 def _measure_fits(seconds: float) -> list[Measured]:
@@ -175,7 +175,9 @@ def _measure_captum(seconds: float) -> list[Measured] | str:
 
 
 SMALL = "the quick start's 500 samples in batches of 64, 12 x 8 tokens, 1 head"
-MIDDLE = f"the reference model's {models.RECORDINGS} recordings in batches of {models.BATCH}, 9 x 119 windows, 8 heads"
+MIDDLE = (
+    f"the reference model's {prepared.RECORDINGS} recordings in batches of {prepared.BATCH}, 9 x 119 windows, 8 heads"
+)
 FIT = "the quick start's 8 epochs of 2,000 and 500 samples in batches of 64"
 
 BENCHMARKS = (
