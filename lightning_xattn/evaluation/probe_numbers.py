@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_xattn import functional
-from lightning_xattn.functional.linear_probe import LinearProbe, rows_at_once
+from lightning_xattn.core.chunks import rows_at_once
+from lightning_xattn.functional.linear_probe import LinearProbe
 
 Names = tuple[str, ...]
 

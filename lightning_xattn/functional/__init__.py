@@ -8,6 +8,7 @@ from lightning_xattn.functional.intervals import *
 from lightning_xattn.functional.linear_probe import *
 from lightning_xattn.functional.outcomes import *
 from lightning_xattn.functional.pairs import *
+from lightning_xattn.functional.pooling import *
 from lightning_xattn.functional.probe import *
 from lightning_xattn.functional.ranking import *
 from lightning_xattn.functional.shapley import *

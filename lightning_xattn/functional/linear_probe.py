@@ -9,16 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-CELLS = 2**20
-"""So many numbers of samples x classes are computed at once, 8 MB."""
-
-KEPT_CELLS = 2**23
-"""So many are kept where they are needed again, 64 MB; where there are more, they are computed again."""
-
-
-def rows_at_once(n_classes: int) -> int:
-    """How many samples' scores are computed at once."""
-    return max(1, CELLS // max(1, n_classes))
+from lightning_xattn.core import chunks
 
 
 class LinearProbe:
@@ -80,7 +71,7 @@ class LinearProbe:
         """
         if self._whole is not None:
             return self._whole[rows]
-        return torch.cat([self._compute(some) for some in rows.split(rows_at_once(len(self.classes)))])
+        return torch.cat([self._compute(some) for some in rows.split(chunks.rows_at_once(len(self.classes)))])
 
     def of_known_class(self, places: Tensor) -> Tensor:
         """``(samples, places)`` the same of all samples and some of ``classes``.
@@ -92,19 +83,19 @@ class LinearProbe:
         """
         if self._whole is not None:
             return self._whole[:, places]
-        rows = torch.arange(self.samples).split(rows_at_once(len(places)))
+        rows = torch.arange(self.samples).split(chunks.rows_at_once(len(places)))
         return torch.cat([self._score(some, places) for some in rows]) - self._normaliser[:, None]
 
     @cached_property
     def _whole(self) -> Tensor | None:
         """All log probabilities of known classes, where they are few."""
-        few = self.samples * len(self.classes) <= KEPT_CELLS
+        few = self.samples * len(self.classes) <= chunks.KEPT_CELLS
         return self._compute(torch.arange(self.samples)) if few else None
 
     @cached_property
     def _normaliser(self) -> Tensor:
         """``(samples,)`` the logarithm of the sum of the exponentials of a sample's scores."""
-        rows = torch.arange(self.samples).split(rows_at_once(len(self.classes)))
+        rows = torch.arange(self.samples).split(chunks.rows_at_once(len(self.classes)))
         return torch.cat([self._score(some, slice(None)).logsumexp(1) for some in rows])
 
     def _compute(self, rows: Tensor) -> Tensor:

@@ -14,17 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_xattn.core import chunks
 from lightning_xattn.core.ids import hashed
-from lightning_xattn.functional.linear_probe import KEPT_CELLS, LinearProbe, rows_at_once
+from lightning_xattn.functional.linear_probe import LinearProbe
 
 SHRINKAGE = 0.1
 """How far the correlations of features are drawn towards 0, in (0, 1]: chosen by ``python -m benchmarks.probe``."""
 
 FOLDS = 5
 """How many folds, each predicted by a fit without it; no fit has seen the sample that it predicts, or its group."""
-
-POOLED_WIDTH = 256
-"""The mean, the maximum and the deviation of tokens keep so many numbers each; wider ones are projected."""
 
 LEAST_OF_A_CLASS = 10
 """A probe needs two classes with at least this number of samples each."""
@@ -42,74 +40,6 @@ _FOLD_SALT = 1
 
 _CONSTANT = 1e-12
 """A feature whose variance within classes is this part of its variance varies by rounding only."""
-
-
-def pooled_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Pool the valid tokens of each sample to their mean, maximum and standard deviation.
-
-    Parameters
-    ----------
-    tokens
-        ``(batch, tokens, width)``, or ``(batch, width)`` of one vector, which stays as it is.
-    mask
-        ``(batch, tokens)`` bool, True where a token is real; None: all are.
-
-    Returns
-    -------
-    Tensor
-        ``(batch, 3, width)``, or ``(batch, 1, width)`` of vectors; float32 or wider; NaN for a sample without a valid
-        token.
-
-    Examples
-    --------
-    >>> tokens = torch.tensor([[[1.0], [3.0], [9.0]]])
-    >>> pooled_tokens(tokens, mask=torch.tensor([[True, True, False]])).flatten().tolist()
-    [2.0, 3.0, 1.0]
-    """
-    tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-    if tokens.dim() == 2:
-        return tokens[:, None]
-    if mask is None:
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    hidden, count = ~mask[..., None], mask.sum(1, keepdim=True)
-    mean = tokens.masked_fill(hidden, 0).sum(1) / count
-    largest = torch.where(count > 0, tokens.masked_fill(hidden, -math.inf).amax(1), torch.nan)
-    # Differences to the mean: large numbers that differ little keep their digits.
-    deviation = ((tokens - mean[:, None]).masked_fill(hidden, 0).square().sum(1) / count).sqrt()
-    return torch.stack([mean, largest, deviation], dim=1)
-
-
-def project(features: Tensor) -> Tensor:
-    """Project to `POOLED_WIDTH` dimensions where there are more, by a fixed Gaussian matrix.
-
-    Parameters
-    ----------
-    features
-        ``(..., width)``.
-
-    Returns
-    -------
-    Tensor
-        ``(..., min(width, POOLED_WIDTH))``; distances keep their expectation (Johnson & Lindenstrauss 1984).
-
-    Examples
-    --------
-    >>> project(torch.rand(5, 3, 1000)).shape, project(torch.rand(5, 16)).shape
-    (torch.Size([5, 3, 256]), torch.Size([5, 16]))
-    """
-    width = features.shape[-1]
-    return features if width <= POOLED_WIDTH else features @ _projection(width).to(features)
-
-
-_PROJECTIONS: dict[int, Tensor] = {}
-
-
-def _projection(width: int) -> Tensor:
-    # Always drawn on the CPU: the same on every device, in every process and in every run.
-    if width not in _PROJECTIONS:
-        generator = torch.Generator().manual_seed(width)
-        _PROJECTIONS[width] = torch.randn(width, POOLED_WIDTH, generator=generator) / POOLED_WIDTH**0.5
-    return _PROJECTIONS[width]
 
 
 def assign_folds(groups: Tensor) -> Tensor:
@@ -214,7 +144,7 @@ def inverse_temperature(scores: Tensor, target: Tensor) -> float:
     >>> round(inverse_temperature(scores, target=torch.tensor([0, 0, 0, 1])), 2)
     0.55
     """
-    rows = rows_at_once(scores.shape[1])
+    rows = chunks.rows_at_once(scores.shape[1])
     blocks = [_prepare_block(*one) for one in zip(scores.split(rows), target.split(rows), strict=True)]
     return _find_factor(lambda: blocks)
 
@@ -357,14 +287,14 @@ class _CrossFit:
             for folds in left_out:
                 weights, bias = self._fit_without(*folds)
                 seen = self._seen[folds[0]]
-                for rows in seen[: math.ceil(share * len(seen))].split(rows_at_once(len(self.classes))):
+                for rows in seen[: math.ceil(share * len(seen))].split(chunks.rows_at_once(len(self.classes))):
                     yield _prepare_block(self._features[rows] @ weights.T + bias, self._place[rows])
 
         cells = len(self.classes) * sum(len(self._seen[folds[0]]) for folds in left_out)
         # The factor of a part of the samples is near that of all, so that few steps go through all.
-        some = list(blocks(min(1.0, KEPT_CELLS / max(1, cells))))
+        some = list(blocks(min(1.0, chunks.KEPT_CELLS / max(1, cells))))
         factor = _find_factor(lambda: some)
-        return factor if cells <= KEPT_CELLS else _find_factor(blocks, factor)
+        return factor if cells <= chunks.KEPT_CELLS else _find_factor(blocks, factor)
 
     def _fit_without(self, *folds: int) -> tuple[Tensor, Tensor]:
         key = tuple(sorted(folds))
@@ -377,7 +307,7 @@ class _CrossFit:
                 products -= part.products
             found = discriminant(counts, sums, products)
             # Of many classes only the last fit is kept.
-            if (len(self._kept) + 1) * found[0].numel() > KEPT_CELLS:
+            if (len(self._kept) + 1) * found[0].numel() > chunks.KEPT_CELLS:
                 self._kept.clear()
             self._kept[key] = found
         return self._kept[key]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_xattn.core.chunks import rows_at_once
 from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.functional.intervals import (
     MINIMUM_GROUP,
@@ -16,7 +17,6 @@ from lightning_xattn.functional.intervals import (
     student_quantile,
     within,
 )
-from lightning_xattn.functional.linear_probe import rows_at_once
 
 
 def auroc_influence(scores: Tensor, positive: Tensor) -> tuple[float, Tensor]:

@@ -401,9 +401,8 @@ def test_a_few_samples_at_a_time_give_the_same_numbers(monkeypatch):
     data, _ = said_data(150)
     module = trained(Concatenation(), data, epochs=4).eval()
     whole = summary_of(module, data, **NAMED)
-    monkeypatch.setattr("lightning_xattn.functional.linear_probe.CELLS", 60)
-    for part in ("linear_probe", "probe"):
-        monkeypatch.setattr(f"lightning_xattn.functional.{part}.KEPT_CELLS", 100)
+    monkeypatch.setattr("lightning_xattn.core.chunks.CELLS", 60)
+    monkeypatch.setattr("lightning_xattn.core.chunks.KEPT_CELLS", 100)
     ours = summary_of(module, data, **NAMED)
     assert ours.numbers.keys() == whole.numbers.keys()
     for name, values in whole.numbers.items():

@@ -9,7 +9,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from lightning_xattn import functional
 from lightning_xattn.core.ids import hashed
-from lightning_xattn.functional.probe import LEAST_OF_A_CLASS, POOLED_WIDTH
+from lightning_xattn.functional.pooling import POOLED_WIDTH
+from lightning_xattn.functional.probe import LEAST_OF_A_CLASS
 from tests import reference
 
 CLASSES = 3
@@ -237,7 +238,7 @@ def test_one_token_of_many_and_a_spread_are_seen():
 def test_a_projection_is_the_same_in_every_process_and_draws_no_random_numbers(monkeypatch):
     found = []
     for seed in (1, 2):
-        monkeypatch.setattr("lightning_xattn.functional.probe._PROJECTIONS", {})
+        monkeypatch.setattr("lightning_xattn.functional.pooling._PROJECTIONS", {})
         torch.manual_seed(seed)
         found.append(functional.project(torch.eye(POOLED_WIDTH + 3)))
         assert torch.get_rng_state().equal(torch.manual_seed(seed).get_state())
@@ -257,9 +258,8 @@ def test_wide_features_are_projected_always_the_same_way():
 @pytest.fixture
 def few_cells(monkeypatch):
     """As of many classes: a few samples at a time, and nothing kept but the last fit."""
-    monkeypatch.setattr("lightning_xattn.functional.linear_probe.CELLS", 50)
-    for module in ("linear_probe", "probe"):
-        monkeypatch.setattr(f"lightning_xattn.functional.{module}.KEPT_CELLS", 100)
+    monkeypatch.setattr("lightning_xattn.core.chunks.CELLS", 50)
+    monkeypatch.setattr("lightning_xattn.core.chunks.KEPT_CELLS", 100)
 
 
 def test_a_few_samples_at_a_time_give_the_same_numbers(few_cells):
