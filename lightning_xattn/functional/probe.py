@@ -31,7 +31,7 @@ LEAST_FACTOR, PRECISION = 0.01, 1e-7
 """The smallest factor of `inverse_temperature`, and how precise it is."""
 
 NEAR = 1e-4
-"""Where a step of Newton's method is smaller than this, what it gives is as precise as `PRECISION`."""
+"""Where a step of Newton's method changes less than this part, what it gives is as precise as `PRECISION`."""
 
 JOINT = "joint"
 """The name of the probe on the features of all modalities."""
@@ -187,7 +187,7 @@ def _find_factor(blocks: Callable[[], Iterable[_Block]], first: float = 1.0) -> 
             following = highest = high
         elif not low < following < high:
             following = (low + high) / 2
-        elif abs(following - factor) < NEAR:
+        elif abs(following - factor) < NEAR * factor:
             return following
         if high - low < PRECISION:
             return following

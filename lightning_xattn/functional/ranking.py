@@ -201,9 +201,8 @@ def macro_auroc_by_class(
             auroc, one = auroc_influence(scores, target == c)
             total += auroc
             influence += one
-    # Without a class both are 0 / 0.
-    count = chosen.sum()
-    return float(total / count), influence / count
+    count = int(chosen.sum())
+    return (total / count if count else math.nan), influence / count
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 10) -> float:
