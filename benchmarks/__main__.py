@@ -7,7 +7,7 @@ import sys
 import time
 
 from benchmarks import batch_statistics, explain, gpu, memory, trainers
-from benchmarks.table import COSTS, Benchmark, Row, describe_machine, make_table, write_table
+from benchmarks.table import COSTS, Benchmark, Row, describe_machine, format_row, make_table, write_table
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     *batch_statistics.BENCHMARKS,
@@ -29,13 +29,16 @@ def main() -> None:
     if chosen.write and chosen.only:
         parser.error("--write takes the whole table")
     rows: list[Row] = []
+    print(f"{describe_machine()}\n\n{make_table([])}", flush=True)
     for one in BENCHMARKS:
         if any(chosen.only in " ".join(row.cells) for row in one.rows):
             start = time.perf_counter()
-            rows += one.run(chosen.seconds)
+            measured = one.run(chosen.seconds)
             took = time.perf_counter() - start
             print(f"{took:5.0f} s  {one.rows[0].model}: {one.rows[0].what}", file=sys.stderr, flush=True)
-    print(f"{describe_machine()}\n\n{make_table(rows)}")
+            for row in measured:
+                print(format_row(row.cells), flush=True)
+            rows += measured
     if chosen.write:
         write_table(rows)
 

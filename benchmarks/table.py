@@ -139,10 +139,14 @@ def describe_machine() -> str:
     )
 
 
+def format_row(cells: Sequence[str]) -> str:
+    """A row of the table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
 def make_table(rows: Iterable[Row]) -> str:
     """The table in Markdown."""
-    lines = [HEADER, ("---",) * len(HEADER), *(row.cells for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(map(format_row, (HEADER, ("---",) * len(HEADER), *(row.cells for row in rows))))
 
 
 def write_table(rows: Iterable[Row], path: Path = COSTS) -> None:
