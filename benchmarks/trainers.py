@@ -86,11 +86,9 @@ def _measure_validations(
     )
     turns = len(plain)
     ratios = [Measured(quartiles_of_ratios(one, plain), turns) for one in parts]
-    figures = quartiles([a - b for a, b in zip(parts[-1], parts[-2], strict=True)])
     count = sum(map(len, hook.found.values()))
     return [
         *ratios,
-        Measured(figures, turns),
         Measured(quartiles_of_ratios(hooked, plain), turns, f"gives {count} numbers"),
         Measured(quartiles_of_ratios(parts[0], hooked), turns, f"gives {_count_numbers(module, loader):,} numbers"),
     ]
@@ -106,7 +104,6 @@ def _count_numbers(module: LightningModule, loader: Any) -> int:
 def _plan_validations(model: str, samples: str) -> tuple[Row, ...]:
     return (
         *(plan(model, f"validate: {part}", PLAIN, samples) for part in PARTS),
-        plan(model, "validate: all figures", "defaults less the same without figures", samples, "s"),
         plan(model, "validate: entropy by class, a hand-written hook in numpy", PLAIN, samples),
         plan(model, "validate: attention alone", "the hand-written hook", samples),
     )
