@@ -22,6 +22,7 @@ from benchmarks import real_data, simulated
 from benchmarks.support import REAL
 from benchmarks.timing import median_seconds
 from lightning_xattn import functional
+from lightning_xattn.functional import pooling as token_pooling
 from lightning_xattn.functional import probe
 from lightning_xattn.functional.support import LEAST_LOG_PROBABILITY
 from lightning_xattn.hms import HMSLightningModule
@@ -79,7 +80,7 @@ def encode_simulated(models: list[HMSLightningModule], test: str) -> Iterator[En
 
 def pool(encoded: Encoded, blocks: int, width: int) -> Tensor:
     """``(samples, features)`` as the product pools and projects them, but for the number of blocks and the width."""
-    with patch.object(probe, "POOLED_WIDTH", width), patch.dict(probe._PROJECTIONS, clear=True):
+    with patch.object(token_pooling, "POOLED_WIDTH", width), patch.dict(token_pooling._PROJECTIONS, clear=True):
         pooled = functional.pooled_tokens(encoded.tokens, encoded.mask)[:, :blocks]
         return functional.project(pooled).flatten(1).double()
 
@@ -109,10 +110,10 @@ def cross_fit(features: Tensor, encoded: Encoded, shrinkage: float | str, temper
     target, folds = encoded.target, functional.assign_folds(encoded.group)
     if isinstance(shrinkage, str):
         return cross_fit_ledoit_wolf(features, encoded, folds)
-    plain, temperature = probe.discriminant, probe.inverse_temperature if tempered else lambda *_: 1.0
+    plain, temperature = probe.discriminant, probe._find_factor if tempered else lambda *_: 1.0
     with (
         patch.object(probe, "discriminant", lambda n, x, xx, *_: plain(n, x, xx, shrinkage)),
-        patch.object(probe, "inverse_temperature", temperature),
+        patch.object(probe, "_find_factor", temperature),
     ):
         return functional.cross_fitted_probe(features, target, folds, int(target.max()) + 1)
 
@@ -183,7 +184,9 @@ def print_temperature(encoded: dict[str, list[Encoded]]) -> None:
     print("| temperature | " + " | ".join(encoded) + " |")
     print("| --- " * (1 + len(encoded)) + "|")
     for tempered in (True, False):
-        scores = [measure(several, 3, probe.POOLED_WIDTH, probe.SHRINKAGE, tempered) for several in encoded.values()]
+        scores = [
+            measure(several, 3, token_pooling.POOLED_WIDTH, probe.SHRINKAGE, tempered) for several in encoded.values()
+        ]
         cells = [f"{score.loss:.3f} ({score.overconfidence:+.2f})" for score in scores]
         print(f"| {'with' if tempered else 'without'} | {' | '.join(cells)} |", flush=True)
 

@@ -178,7 +178,7 @@ def _transfer_probes(model: HMSLightningModule) -> str:
         for name in shift.tokens
     }
     probes = functional.cross_fitted_probes(features, target, folds, len(CLASSES))
-    logs = torch.stack([probes[name,][folds == 0] for name in features])
+    logs = torch.stack([probes[name,].log_probabilities()[folds == 0] for name in features])
     support = functional.support(logs, shift.predicted)
     return _say_auroc(-support, shift.predicted != shift.target, shift.group)
 

@@ -135,11 +135,11 @@ def describe_modalities(summary: FusionSummary, i: int, class_names: Sequence[st
     cell, saved = int(summary.support_cell[i]), summary.saved
     class_names = class_names or (saved.class_names if saved else ())
     numbers = summary.numbers
-    probes = {} if summary.probe_problems else {one: probe[i] for one, probe in summary.probes.items()}
+    probes = {} if summary.probe_problems else summary.probe_classes
     predicted = {
-        one: (str(name_class(int(p.argmax()), class_names)), float(p.max()))
-        for one, p in probes.items()
-        if not p.isnan().any()
+        one: (str(name_class(int(classes[i]), class_names)), float(summary.probe_probabilities[one][i]))
+        for one, classes in probes.items()
+        if classes[i] >= 0
     }
     accuracies = [one.accuracy for one in summary.cells] if saved is None else saved.accuracies
     phi = {one: float(numbers[f"phi/{one}"][i]) for one in summary.modalities if f"phi/{one}" in numbers}
@@ -217,11 +217,11 @@ def sample_columns(summary: FusionSummary) -> dict[str, Tensor]:
     columns = {name: summary.rows[name] for name in IDENTITY} | {
         name: numbers[name] for name in ("support", "conflict")
     }
-    for name, probe in summary.probes.items():
-        known = ~probe.isnan().any(1) & (name not in summary.probe_problems)
+    for name, classes in summary.probe_classes.items():
+        known = (classes >= 0) & (name not in summary.probe_problems)
         columns[f"supports/{name}"] = numbers[f"supports/{name}"]
-        columns[f"probe/{name}"] = torch.where(known, probe.argmax(1), -1)
-        columns[f"probe_probability/{name}"] = torch.where(known, probe.amax(1), torch.nan)
+        columns[f"probe/{name}"] = torch.where(known, classes, -1)
+        columns[f"probe_probability/{name}"] = torch.where(known, summary.probe_probabilities[name], torch.nan)
     undefined = torch.full_like(numbers["confidence"], torch.nan)
     for name in summary.modalities:
         columns[f"contribution/{name}"] = numbers.get(f"phi/{name}", undefined)

@@ -22,6 +22,7 @@ from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.core.ids import UNKNOWN_GROUP, id_text
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
+from lightning_xattn.evaluation.probe_numbers import ProbeNumbers, find_places
 from lightning_xattn.evaluation.saved_probes import SavedProbes
 from lightning_xattn.evaluation.statistics import ERROR_SIDES, score_bins
 from lightning_xattn.evaluation.support import Cell, describe_right, describe_support, measure_added_value
@@ -106,8 +107,8 @@ class FusionSummary:
         ``(samples,)`` int64, those of the probes.
     rows
         By name ``(samples,)``: what is kept of each sample, with "hash" and ``IDENTITY``.
-    probes
-        By modality ``(samples, classes)`` probabilities.
+    probe_classes, probe_probabilities
+        By modality ``(samples,)``: the most probable class of its probe (-1: not read), and its probability.
     probe_aurocs, calibration_errors
         By modality, and of "joint", the macro AUROC of the probe, and how far its confidences are from its accuracies.
     classes, outcomes, groups, predicted, target, sample_numbers
@@ -246,56 +247,67 @@ class FusionSummary:
         return self.n_classes or 1 + max([0, *self.target.tolist()])
 
     def _add_probes(self) -> None:
-        target, names, groups = self.target, self.modalities, None if self.group_noun is None else self.groups
+        target, names = self.target, self.modalities
         if self.saved is None:
-            n_classes, joints = self._n_probed, self._joints
-            found = functional.cross_fitted_probes(self._features, target, self.folds, n_classes, joints)
+            probes = functional.cross_fitted_probes(self._features, target, self.folds, self._n_probed, self._joints)
         else:
-            found = self.saved.log_probabilities(self._features)
-            n_classes = found[names].shape[1]
-        without = dict(zip(names, self._joints[1:], strict=True))
-        logs = torch.stack([found[name,] for name in names])
-        self.probes = {name: found[name,].exp() for name in names}
+            probes = self.saved.read(self._features)
+        n_classes = probes[names].n_classes
+        read = ProbeNumbers.of(probes, names, self.predicted, target, self.folds)
+        self.probe_classes = {name: read.most_probable[name,] for name in names}
+        self.probe_probabilities = {name: read.probability[name,] for name in names}
         labelled = (target >= 0) & (target < n_classes)
         counts = target[labelled].bincount(minlength=n_classes)
         self.largest_class = float(counts.max() / counts.sum()) if labelled.any() else math.nan
-        joint = found[names]
-        read = {several: labelled & ~one.isnan().any(1) for several, one in found.items()}
-        for name, probe in (self.probes | {JOINT: joint.exp()}).items():
+        ranked: dict[tuple[tuple[str, ...], bytes], tuple[float, Tensor]] = {}
+
+        def rank(several: tuple[str, ...], chosen: Tensor) -> tuple[float, Tensor]:
+            """The macro AUROC of a probe among some samples."""
+            key = several, chosen.numpy().tobytes()
+            if key not in ranked:
+                of_target, probe = read.of_target[several][chosen], probes[several]
+                own = find_places(probe.classes, target[chosen])
+                ranked[key] = functional.macro_auroc_by_class(
+                    lambda places: probe.of_known_class(places)[chosen], of_target, own, len(probe.classes)
+                )
+            return ranked[key]
+
+        groups = None if self.group_noun is None else self.groups
+        for name in (*names, JOINT):
             several = names if name == JOINT else (name,)
-            chosen, right = read[several], (probe.argmax(1) == target).double()
+            chosen = labelled & read.is_read(several)
+            right = (read.most_probable[several] == target).double()
             self.numbers[f"right/{name}"] = torch.where(chosen, right, torch.nan)
-            auroc = functional.macro_auroc_influence(found[several][chosen], target[chosen])
             of_read = None if groups is None else groups[chosen]
-            self.probe_aurocs[name] = functional.estimate_by_influence(*auroc, of_read, (0.0, 1.0))
-            self.calibration_errors[name] = functional.calibration_error(probe[chosen].amax(1), right[chosen])
+            self.probe_aurocs[name] = functional.estimate_by_influence(*rank(several, chosen), of_read, (0.0, 1.0))
+            probability = read.probability[several]
+            self.calibration_errors[name] = functional.calibration_error(probability[chosen], right[chosen])
             if self.saved is None and name != JOINT:  # saved probes were checked in their own evaluation
                 problem = self._find_probe_problem(name, counts, int((labelled & ~chosen).sum()))
                 self.probe_problems |= {name: problem} if problem else {}
-        for name, others in without.items():
-            both = read[names] & read[others]
-            right = torch.where(both, (found[others].argmax(1) == target).double(), torch.nan)
+        for name, others in zip(names, self._joints[1:], strict=True):
+            both = labelled & read.is_read(names) & read.is_read(others)
+            right = torch.where(both, (read.most_probable[others] == target).double(), torch.nan)
             self.numbers[f"joint_gain/{name}"] = self.numbers[f"right/{JOINT}"] - right
-            whole, influence = functional.macro_auroc_influence(found[names][both], target[both])
-            less, of_less = functional.macro_auroc_influence(found[others][both], target[both])
+            (whole, influence), (less, of_less) = rank(names, both), rank(others, both)
             of_both, gain = None if groups is None else groups[both], (whole - less, influence - of_less)
             self.auroc_gains[name] = functional.estimate_by_influence(*gain, of_both, (-1.0, 1.0))
-        self._add_support(logs, joint)
+        self._add_support(read)
 
-    def _add_support(self, logs: Tensor, joint: Tensor) -> None:
-        """What follows from log probabilities: of a probability that is too small for a number there is a logarithm."""
+    def _add_support(self, read: ProbeNumbers) -> None:
+        """Who supports the predictions, and who is right, unless a probe has a problem."""
         undefined = torch.full_like(self.numbers["confidence"], torch.nan)
-        for name, supports in zip(self.modalities, functional.supports(logs, self.predicted), strict=True):
+        for name, supports in zip(self.modalities, read.supports, strict=True):
             self.numbers[f"supports/{name}"] = undefined if name in self.probe_problems else supports
         if self.samples and not (self.predicted >= 0).any():
             self.support_problem = "the model predicts no single class, as in a regression or with several labels"
         elif self.probe_problems:
             self.support_problem = "it needs a linear probe of each modality that predicts better than chance"
         none = torch.full_like(self.predicted, -1)
-        self.numbers["conflict"] = undefined if self.probe_problems else functional.conflict(logs.exp())
-        self.right_cell = none if self.probe_problems else functional.right_cells(logs, joint, self.target)
-        self.numbers["support"] = undefined if self.support_problem else functional.support(logs, self.predicted)
-        self.support_cell = none if self.support_problem else functional.support_cells(logs, self.predicted)
+        self.numbers["conflict"] = undefined if self.probe_problems else read.conflict
+        self.right_cell = none if self.probe_problems else read.right_cell
+        self.numbers["support"] = undefined if self.support_problem else read.support
+        self.support_cell = none if self.support_problem else read.support_cell
         known = (self.outcomes == CORRECT) | (self.outcomes == INCORRECT)
         correct = torch.where(known, (self.outcomes == CORRECT).double(), torch.nan)
         self.numbers |= {"correct": correct, "calibration_gap": correct - self.numbers["confidence"]}

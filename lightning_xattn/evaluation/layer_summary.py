@@ -132,6 +132,11 @@ class LayerSummary:
         """Number of samples of a class and an outcome, whether their numbers are defined or not."""
         return self.count(INVALID_ROWS, class_id, outcome)
 
+    def class_sizes(self) -> list[int]:
+        """Number of samples of each class."""
+        counts = self.moments[: self.n_classes, :, self._places[INVALID_ROWS], 0]
+        return [int(count) for count in counts.sum(1).tolist()]
+
     @property
     def unclassified(self) -> int:
         """Number of samples without a class, where there are classes."""

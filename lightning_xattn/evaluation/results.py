@@ -228,9 +228,10 @@ class DatasetResult:
         """The ids of the classes with the most samples, in ascending order."""
         sizes = [0] * len(self.class_names)
         if self.summaries:
-            sizes = [self.headline.size(class_id=class_id) for class_id in range(len(sizes))]
+            sizes = self.headline.class_sizes()
         elif self.fusion is not None:
-            sizes = [int((self.fusion.classes == class_id).sum()) for class_id in range(len(sizes))]
+            of_class = self.fusion.classes[(self.fusion.classes >= 0) & (self.fusion.classes < len(sizes))]
+            sizes = of_class.bincount(minlength=len(sizes)).tolist()
         largest = sorted(range(len(sizes)), key=lambda class_id: -sizes[class_id])[:count]
         return tuple(sorted(largest))
 

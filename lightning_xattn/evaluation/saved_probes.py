@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.notices import first_line
 from lightning_xattn.functional.intervals import Estimate
+from lightning_xattn.functional.linear_probe import LinearProbe
 
 if TYPE_CHECKING:
     from lightning_xattn.evaluation.fusion_summary import FusionSummary
@@ -83,8 +85,8 @@ class SavedProbes:
                 "Name the modalities as in the labelled evaluation: modalities={...}."
             )
 
-    def log_probabilities(self, features: Mapping[str, Tensor]) -> dict[tuple[str, ...], Tensor]:
-        """By modalities ``(samples, classes)`` float64; NaN for samples whose features are not finite.
+    def read(self, features: Mapping[str, Tensor]) -> dict[tuple[str, ...], LinearProbe]:
+        """By modalities what these probes predict of samples; NaN for samples whose features are not finite.
 
         Raises
         ------
@@ -92,17 +94,18 @@ class SavedProbes:
             If the features are of other modalities, or have other widths.
         """
         widths = {name: one.shape[1] for name, one in features.items()}
-        for names, (weights, _) in self.fits.items():
+        found = {}
+        for names, (weights, bias) in self.fits.items():
             width = sum(widths.get(name, -1) for name in names)
             if tuple(features) != self.modalities or width != weights.shape[1]:
                 raise DataError(
                     f"The saved probes are of {' and '.join(self.modalities)}, with {weights.shape[1]} features of "
                     f"{' and '.join(names)}; this run has {' and '.join(features)}, with {width}."
                 )
-        return {
-            names: (torch.cat([features[name].double() for name in names], dim=1) @ weights.T + bias).log_softmax(1)
-            for names, (weights, bias) in self.fits.items()
-        }
+            score = partial(_score, [features[name] for name in names], weights, bias)
+            samples = len(features[names[0]])
+            found[names] = LinearProbe(score, samples, torch.arange(len(bias)), len(bias))
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write the probes to a file, which is complete or absent."""
@@ -157,6 +160,11 @@ class SavedProbes:
                 "The saved probes are of a model with other weights, so they say nothing about this one. Save probes "
                 "of this model: explainer.save_probes(explainer.explain_loader(labelled_loader), path)."
             )
+
+
+def _score(features: Sequence[Tensor], weights: Tensor, bias: Tensor, rows: Tensor, classes: Tensor | slice) -> Tensor:
+    """Scores as a `LinearProbe` takes them."""
+    return torch.cat([one[rows].double() for one in features], dim=1) @ weights[classes].T + bias[classes]
 
 
 def _place(source: str) -> str:

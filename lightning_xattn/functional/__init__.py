@@ -5,8 +5,10 @@ from lightning_xattn.functional.error_detection import *
 from lightning_xattn.functional.faithfulness import *
 from lightning_xattn.functional.heads import *
 from lightning_xattn.functional.intervals import *
+from lightning_xattn.functional.linear_probe import *
 from lightning_xattn.functional.outcomes import *
 from lightning_xattn.functional.pairs import *
+from lightning_xattn.functional.pooling import *
 from lightning_xattn.functional.probe import *
 from lightning_xattn.functional.ranking import *
 from lightning_xattn.functional.rows import *
@@ -19,6 +21,7 @@ __all__ = [
     "Estimate",
     "Game",
     "LayerRows",
+    "LinearProbe",
     "Permutation",
     "Rows",
     "Separation",
@@ -56,6 +59,7 @@ __all__ = [
     "inverse_temperature",
     "lift",
     "lift_map",
+    "macro_auroc_by_class",
     "macro_auroc_influence",
     "max_weight",
     "mean",

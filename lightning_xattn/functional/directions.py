@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_xattn.core.attention import Attention
 from lightning_xattn.functional.bins import sum_bins
-from lightning_xattn.functional.chunks import Buffers, Columns, read_chunks
+from lightning_xattn.functional.row_chunks import Buffers, Columns, read_chunks
 from lightning_xattn.functional.rows import RowCollector, Rows, Weights, prepare_rows
 
 NO_VARIANCE = 1e-6

@@ -7,14 +7,16 @@ optimiser, no gradient. Everything is computed in float64 from counts, sums and 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_xattn.core import chunks
 from lightning_xattn.core.ids import hashed
+from lightning_xattn.functional.linear_probe import LinearProbe
 
 SHRINKAGE = 0.1
 """How far the correlations of features are drawn towards 0, in (0, 1]: chosen by ``python -m benchmarks.probe``."""
@@ -22,14 +24,14 @@ SHRINKAGE = 0.1
 FOLDS = 5
 """How many folds, each predicted by a fit without it; no fit has seen the sample that it predicts, or its group."""
 
-POOLED_WIDTH = 256
-"""The mean, the maximum and the deviation of tokens keep so many numbers each; wider ones are projected."""
-
 LEAST_OF_A_CLASS = 10
 """A probe needs two classes with at least this number of samples each."""
 
 LEAST_FACTOR, PRECISION = 0.01, 1e-7
 """The smallest factor of `inverse_temperature`, and how precise it is."""
+
+NEAR = 1e-4
+"""Where a step of Newton's method changes less than this part, what it gives is as precise as `PRECISION`."""
 
 JOINT = "joint"
 """The name of the probe on the features of all modalities."""
@@ -38,74 +40,6 @@ _FOLD_SALT = 1
 
 _CONSTANT = 1e-12
 """A feature whose variance within classes is this part of its variance varies by rounding only."""
-
-
-def pooled_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Pool the valid tokens of each sample to their mean, maximum and standard deviation.
-
-    Parameters
-    ----------
-    tokens
-        ``(batch, tokens, width)``, or ``(batch, width)`` of one vector, which stays as it is.
-    mask
-        ``(batch, tokens)`` bool, True where a token is real; None: all are.
-
-    Returns
-    -------
-    Tensor
-        ``(batch, 3, width)``, or ``(batch, 1, width)`` of vectors; float32 or wider; NaN for a sample without a valid
-        token.
-
-    Examples
-    --------
-    >>> tokens = torch.tensor([[[1.0], [3.0], [9.0]]])
-    >>> pooled_tokens(tokens, mask=torch.tensor([[True, True, False]])).flatten().tolist()
-    [2.0, 3.0, 1.0]
-    """
-    tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-    if tokens.dim() == 2:
-        return tokens[:, None]
-    if mask is None:
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    hidden, count = ~mask[..., None], mask.sum(1, keepdim=True)
-    mean = tokens.masked_fill(hidden, 0).sum(1) / count
-    largest = torch.where(count > 0, tokens.masked_fill(hidden, -math.inf).amax(1), torch.nan)
-    # Differences to the mean: large numbers that differ little keep their digits.
-    deviation = ((tokens - mean[:, None]).masked_fill(hidden, 0).square().sum(1) / count).sqrt()
-    return torch.stack([mean, largest, deviation], dim=1)
-
-
-def project(features: Tensor) -> Tensor:
-    """Project to `POOLED_WIDTH` dimensions where there are more, by a fixed Gaussian matrix.
-
-    Parameters
-    ----------
-    features
-        ``(..., width)``.
-
-    Returns
-    -------
-    Tensor
-        ``(..., min(width, POOLED_WIDTH))``; distances keep their expectation (Johnson & Lindenstrauss 1984).
-
-    Examples
-    --------
-    >>> project(torch.rand(5, 3, 1000)).shape, project(torch.rand(5, 16)).shape
-    (torch.Size([5, 3, 256]), torch.Size([5, 16]))
-    """
-    width = features.shape[-1]
-    return features if width <= POOLED_WIDTH else features @ _projection(width).to(features)
-
-
-_PROJECTIONS: dict[int, Tensor] = {}
-
-
-def _projection(width: int) -> Tensor:
-    # Always drawn on the CPU: the same on every device, in every process and in every run.
-    if width not in _PROJECTIONS:
-        generator = torch.Generator().manual_seed(width)
-        _PROJECTIONS[width] = torch.randn(width, POOLED_WIDTH, generator=generator) / POOLED_WIDTH**0.5
-    return _PROJECTIONS[width]
 
 
 def assign_folds(groups: Tensor) -> Tensor:
@@ -210,108 +144,173 @@ def inverse_temperature(scores: Tensor, target: Tensor) -> float:
     >>> round(inverse_temperature(scores, target=torch.tensor([0, 0, 0, 1])), 2)
     0.55
     """
+    rows = chunks.rows_at_once(scores.shape[1])
+    blocks = [_prepare_block(*one) for one in zip(scores.split(rows), target.split(rows), strict=True)]
+    return _find_factor(lambda: blocks)
+
+
+_RULED_OUT = -1e100
+"""In the place of minus infinity: its exponential is 0, and its square is a number."""
+
+_Block = tuple[Tensor, Tensor]
+"""Of some samples: ``(samples, classes)`` scores less the largest of each sample, and ``(samples,)`` of its class."""
+
+
+def _prepare_block(scores: Tensor, target: Tensor) -> _Block:
     of_class = scores.gather(1, target[:, None])[:, 0]
     counts = of_class.isfinite()
-    if not counts.any():
-        return 1.0
-    scores, of_class = scores[counts], of_class[counts]
-    finite = scores.masked_fill(scores.isinf(), 0)  # times a probability of 0
-    low, high, factor = LEAST_FACTOR, 1.0, 1.0
+    if not bool(counts.all()):
+        scores, of_class = scores[counts], of_class[counts]
+    largest = scores.amax(1)
+    return (scores - largest[:, None]).clamp_min_(_RULED_OUT), of_class - largest
+
+
+def _find_factor(blocks: Callable[[], Iterable[_Block]], first: float = 1.0) -> float:
+    """`inverse_temperature` of samples in blocks, which are asked for in each step; the nearer the first, the fewer."""
+    low, high, factor, highest = LEAST_FACTOR, 1.0, first, first
     for _ in range(50):  # the log loss is convex: Newton's method, or half the interval where that leaves it
-        p = (factor * scores).softmax(1)
-        expected = (p * finite).sum(1)
-        slope = float((expected - of_class).mean())
+        count, slope, curvature = 0, 0.0, 0.0
+        for scores, of_class in blocks():
+            # There may be many scores: each term is made in the place of the one before.
+            terms = (factor * scores).exp_()
+            whole = terms.sum(1)
+            expected = terms.mul_(scores).sum(1) / whole
+            squared = terms.mul_(scores).sum(1) / whole
+            count += len(scores)
+            slope += float((expected - of_class).sum())
+            curvature += float((squared - expected.square()).sum())
+        if not count:
+            return 1.0
         low, high = (low, factor) if slope > 0 else (factor, high)
-        curvature = float(((p * finite.square()).sum(1) - expected.square()).mean())
-        step = factor - slope / curvature if curvature > 0 else math.inf
-        following = step if low < step < high else (low + high) / 2
-        if high - low < PRECISION or abs(following - factor) < PRECISION:
+        following = factor - slope / curvature if curvature > 0 else math.inf
+        if following >= high > highest:
+            following = highest = high
+        elif not low < following < high:
+            following = (low + high) / 2
+        elif abs(following - factor) < NEAR * factor:
+            return following
+        if high - low < PRECISION:
             return following
         factor = following
     return factor
 
 
 class _Sums(NamedTuple):
-    """Of some samples: those of each class, the sums of their features, and the sum of the features' products."""
+    """Of some samples: which classes they have, how many of each, their features' sums, and the sum of the products."""
 
+    classes: Tensor
     counts: Tensor
     sums: Tensor
     products: Tensor
 
 
 class _CrossFit:
-    """Fits without one or two folds, of any of the features: all from the sums of each fold.
+    """Fits without one or two folds, of some of the features: all from the sums of each fold.
+
+    Classes that no sample has take no place: a few thousand samples show only a part of 10,000 classes.
 
     Parameters
     ----------
     features
         ``(samples, width)`` float64, around 0.
-    target, folds, n_classes
+    target, folds
         As ``cross_fitted_probe`` takes them.
     fitted
         ``(samples,)`` bool, those with a class.
     """
 
-    def __init__(self, features: Tensor, target: Tensor, folds: Tensor, n_classes: int, fitted: Tensor) -> None:
-        self._features, self._target, self._folds, self._n_classes = features, target, folds, n_classes
-        self._of_fold = [(folds == fold).nonzero()[:, 0] for fold in range(FOLDS)]
-        self._fitted = fitted
-        self._parts = []
-        for rows in self._of_fold:
-            chosen = rows[fitted[rows]]
-            x, member = features[chosen], torch.nn.functional.one_hot(target[chosen], n_classes).double()
-            self._parts.append(_Sums(member.sum(0), member.T @ x, x.T @ x))
-        self._total = _Sums(*(sum(terms[1:], terms[0]) for terms in zip(*self._parts, strict=True)))
+    def __init__(self, features: Tensor, target: Tensor, folds: Tensor, fitted: Tensor) -> None:
+        self._features, self._folds = features, folds
+        self.classes, place = target[fitted].unique(return_inverse=True)
+        self._place = torch.full_like(target, -1)
+        self._place[fitted] = place
+        self._seen = [((folds == fold) & fitted).nonzero()[:, 0] for fold in range(FOLDS)]
+        self._parts = [self._sum(rows) for rows in self._seen]
+        self._total = self._sum(fitted.nonzero()[:, 0])
+        self._kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def log_probabilities(self, columns: Tensor) -> Tensor:
-        """``(samples, classes)`` by the probe of these features, as ``cross_fitted_probes`` gives them."""
-        x, total, parts = self._select(columns)
-        probe = x.new_full((len(x), self._n_classes), torch.nan)
-        inner = {pair: _fit_without(total, [parts[fold] for fold in pair]) for pair in combinations(range(FOLDS), 2)}
-        for fold, rows in enumerate(self._of_fold):
-            weights, bias = _fit_without(total, [parts[fold]])
-            scores, targets = [], []
-            for other, held_out in enumerate(self._of_fold):
-                if other != fold:
-                    seen = held_out[self._fitted[held_out]]
-                    of_pair, constants = inner[min(fold, other), max(fold, other)]
-                    scores.append(x[seen] @ of_pair.T + constants)
-                    targets.append(self._target[seen])
-            factor = inverse_temperature(torch.cat(scores), torch.cat(targets))
-            probe[rows] = (factor * (x[rows] @ weights.T + bias)).log_softmax(1)
-        return probe
+    def _sum(self, rows: Tensor) -> _Sums:
+        x = self._features[rows]
+        classes, index = self._place[rows].unique(return_inverse=True)
+        sums = x.new_zeros(len(classes), x.shape[1]).index_add(0, index, x)
+        return _Sums(classes, index.bincount(minlength=len(classes)).double(), sums, x.T @ x)
 
-    def fit(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and bias of a fit on all samples, with the temperature of fits that leave a fold out."""
-        x, total, parts = self._select(columns)
-        scores, targets = [], []
-        for fold, rows in enumerate(self._of_fold):
-            seen = rows[self._fitted[rows]]
-            weights, bias = _fit_without(total, [parts[fold]])
-            scores.append(x[seen] @ weights.T + bias)
-            targets.append(self._target[seen])
-        factor = inverse_temperature(torch.cat(scores), torch.cat(targets))
-        weights, bias = discriminant(*total)
-        return factor * weights, factor * bias
-
-    def _select(self, columns: Tensor) -> tuple[Tensor, _Sums, list[_Sums]]:
-        """These features, their sums over all samples, and over each fold."""
-        if len(columns) == self._features.shape[1]:
-            return self._features, self._total, self._parts
-        total, *parts = (
-            _Sums(one.counts, one.sums[:, columns], one.products[columns][:, columns])
+    def select(self, columns: Tensor) -> _CrossFit:
+        """The fits of these features."""
+        if torch.equal(columns, torch.arange(self._features.shape[1])):
+            return self
+        same = copy(self)
+        same._features, same._kept = self._features[:, columns], {}
+        same._total, *same._parts = (
+            _Sums(one.classes, one.counts, one.sums[:, columns], one.products[columns][:, columns])
             for one in (self._total, *self._parts)
         )
-        return self._features[:, columns], total, parts
+        return same
 
+    def probe(self, places: Tensor, n_classes: int) -> LinearProbe:
+        """Each sample by the fit without its fold.
 
-def _fit_without(total: _Sums, parts: Sequence[_Sums]) -> tuple[Tensor, Tensor]:
-    counts, sums, products = (one.clone() for one in total)
-    for part in parts:
-        counts -= part.counts
-        sums -= part.sums
-        products -= part.products
-    return discriminant(counts, sums, products)
+        Parameters
+        ----------
+        places
+            ``(all samples,)`` int64 the place of each sample among those of this fit; -1 where it has none.
+        n_classes
+            How many classes there are.
+        """
+        factors = [
+            self._find_factor([(other, fold) for other in range(FOLDS) if other != fold]) for fold in range(FOLDS)
+        ]
+        self._kept = {}
+
+        def score(rows: Tensor, classes: Tensor | slice) -> Tensor:
+            own = places[rows]
+            folds = torch.where(own < 0, -1, self._folds[own])
+            found = self._features.new_full((len(rows), len(self.classes[classes])), torch.nan)
+            for fold in folds[own >= 0].unique().tolist():
+                weights, bias = self._fit_without(fold)
+                scores = self._features[own[folds == fold]] @ weights[classes].T + bias[classes]
+                found[folds == fold] = factors[fold] * scores
+            return found
+
+        return LinearProbe(score, len(places), self.classes, n_classes)
+
+    def fit(self) -> tuple[Tensor, Tensor]:
+        """Weights and bias of a fit on all samples, with the temperature of fits that leave a fold out."""
+        factor = self._find_factor([(fold,) for fold in range(FOLDS)])
+        weights, bias = self._fit_without()
+        return factor * weights, factor * bias
+
+    def _find_factor(self, left_out: Sequence[tuple[int, ...]]) -> float:
+        """`inverse_temperature` of the samples of each first fold, by the fit without these folds."""
+
+        def blocks(share: float = 1.0) -> Iterator[_Block]:
+            for folds in left_out:
+                weights, bias = self._fit_without(*folds)
+                seen = self._seen[folds[0]]
+                for rows in seen[: math.ceil(share * len(seen))].split(chunks.rows_at_once(len(self.classes))):
+                    yield _prepare_block(self._features[rows] @ weights.T + bias, self._place[rows])
+
+        cells = len(self.classes) * sum(len(self._seen[folds[0]]) for folds in left_out)
+        # The factor of a part of the samples is near that of all, so that few steps go through all.
+        some = list(blocks(min(1.0, chunks.KEPT_CELLS / max(1, cells))))
+        factor = _find_factor(lambda: some)
+        return factor if cells <= chunks.KEPT_CELLS else _find_factor(blocks, factor)
+
+    def _fit_without(self, *folds: int) -> tuple[Tensor, Tensor]:
+        key = tuple(sorted(folds))
+        if key not in self._kept:
+            _, counts, sums, products = (one.clone() for one in self._total)
+            for fold in folds:
+                part = self._parts[fold]
+                counts[part.classes] -= part.counts
+                sums[part.classes] -= part.sums
+                products -= part.products
+            found = discriminant(counts, sums, products)
+            # Of many classes only the last fit is kept.
+            if (len(self._kept) + 1) * found[0].numel() > chunks.KEPT_CELLS:
+                self._kept.clear()
+            self._kept[key] = found
+        return self._kept[key]
 
 
 def cross_fitted_probes(
@@ -320,8 +319,8 @@ def cross_fitted_probes(
     folds: Tensor,
     n_classes: int,
     joints: Sequence[Collection[str]] = (),
-) -> dict[tuple[str, ...], Tensor]:
-    """Log probability of each class from a modality's features, each sample by a fit that has not seen its fold.
+) -> dict[tuple[str, ...], LinearProbe]:
+    """Probes of each modality's features, which predict each sample by a fit that has not seen its fold.
 
     Parameters
     ----------
@@ -339,10 +338,9 @@ def cross_fitted_probes(
     Returns
     -------
     dict
-        By modalities, of each alone and of ``joints``: ``(samples, classes)`` float64, natural logarithms, as a
-        probability far from the data is too small for a number; minus infinity for a class that the fit does not know.
-        NaN where a sample cannot be read, and for all samples where fewer than two classes have `LEAST_OF_A_CLASS`
-        samples. Each fit has a temperature, found on folds inside its training part.
+        By modalities, of each alone and of ``joints``: see `LinearProbe`. Log probabilities are NaN where a sample
+        cannot be read, and for all samples where fewer than two classes have `LEAST_OF_A_CLASS` samples. Each fit has a
+        temperature, found on folds inside its training part.
 
     Examples
     --------
@@ -350,19 +348,23 @@ def cross_fitted_probes(
     >>> eeg, spec = torch.randn(100, 3), target[:, None] + 0.1 * torch.randn(100, 3)
     >>> folds = assign_folds(torch.arange(100))
     >>> probes = cross_fitted_probes({"eeg": eeg, "spec": spec}, target, folds, n_classes=2)
-    >>> bool((probes["spec",].argmax(1) == target).all())
+    >>> bool((probes["spec",].log_probabilities().argmax(1) == target).all())
     True
     """
     wanted = dict.fromkeys([*((name,) for name in features), *map(tuple, joints)])
-    joined = torch.cat([one.double() for one in features.values()], dim=1)
-    probes = {names: joined.new_full((len(joined), n_classes), torch.nan) for names in wanted}
     prepared = _prepare(features, target, folds, n_classes)
     if prepared is None:
-        return probes
+        first = torch.arange(min(1, n_classes))
+        return dict.fromkeys(wanted, LinearProbe(_score_nothing, len(target), first, n_classes))
     finite, fit, columns, _ = prepared
-    for names in wanted:
-        probes[names][finite] = fit.log_probabilities(torch.cat([columns[name] for name in names]))
-    return probes
+    places = torch.where(finite, finite.cumsum(0) - 1, -1)
+    return {
+        names: fit.select(torch.cat([columns[name] for name in names])).probe(places, n_classes) for names in wanted
+    }
+
+
+def _score_nothing(rows: Tensor, classes: Tensor | slice) -> Tensor:
+    return torch.full((len(rows), 1), torch.nan, dtype=torch.float64)
 
 
 def fit_probes(
@@ -401,8 +403,11 @@ def fit_probes(
     found = {}
     for names in dict.fromkeys([*((name,) for name in features), *map(tuple, joints)]):
         chosen = torch.cat([columns[name] for name in names])
-        weights, bias = fit.fit(chosen)
-        found[names] = weights, bias - weights @ mean[chosen]
+        own = fit.select(chosen)
+        weights, bias = own.fit()
+        all_weights = weights.new_zeros(n_classes, len(chosen)).index_copy(0, own.classes, weights)
+        all_biases = bias.new_full((n_classes,), -math.inf).index_copy(0, own.classes, bias - weights @ mean[chosen])
+        found[names] = all_weights, all_biases
     return found
 
 
@@ -418,7 +423,7 @@ def _prepare(
         return None
     # Around their mean, large features that differ little keep their digits.
     mean = joined[fitted].mean(0)
-    fit = _CrossFit(joined[finite] - mean, target[finite], folds[finite], n_classes, fitted[finite])
+    fit = _CrossFit(joined[finite] - mean, target[finite], folds[finite], fitted[finite])
     return finite, fit, dict(zip(features, split, strict=True)), mean
 
 
@@ -433,4 +438,4 @@ def cross_fitted_probe(features: Tensor, target: Tensor, folds: Tensor, n_classe
     >>> bool((probe.argmax(1) == target).all())
     True
     """
-    return cross_fitted_probes({"": features}, target, folds, n_classes)["",]
+    return cross_fitted_probes({"": features}, target, folds, n_classes)["",].log_probabilities()

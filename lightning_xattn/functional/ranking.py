@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lightning_xattn.core.chunks import rows_at_once
 from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.functional.intervals import (
     MINIMUM_GROUP,
@@ -158,15 +160,49 @@ def macro_auroc_influence(probabilities: Tensor, target: Tensor) -> tuple[float,
     >>> macro_auroc_influence(probabilities, target=torch.tensor([0, 1]).repeat(5))[0]
     1.0
     """
-    counts = target.bincount(minlength=probabilities.shape[1])
+    of_target = probabilities.gather(1, target[:, None])[:, 0]
+    return macro_auroc_by_class(lambda classes: probabilities[:, classes], of_target, target, probabilities.shape[1])
+
+
+def macro_auroc_by_class(
+    columns: Callable[[Tensor], Tensor], of_target: Tensor, target: Tensor, n_classes: int
+) -> tuple[float, Tensor]:
+    """`macro_auroc_influence` of probabilities that are computed a few classes at a time.
+
+    Parameters
+    ----------
+    columns
+        Gets ``(classes,)`` int64 class ids, and gives the probabilities ``(samples, classes)``, or their logarithms.
+    of_target
+        ``(samples,)`` those of each sample's own class.
+    target
+        ``(samples,)`` int64 class ids.
+    n_classes
+        How many classes there are.
+
+    Returns
+    -------
+    auroc, influence
+        As `macro_auroc_influence` gives them.
+
+    Examples
+    --------
+    >>> table, target = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).repeat(5, 1), torch.tensor([0, 1]).repeat(5)
+    >>> macro_auroc_by_class(lambda classes: table[:, classes], table.amax(1), target, n_classes=2)[0]
+    1.0
+    """
+    counts = target.bincount(minlength=n_classes)
     chosen = (counts >= MINIMUM_GROUP) & (len(target) - counts >= MINIMUM_GROUP)
     # Samples whose class their fit has not seen, as it is all in one fold, would come last whatever the probe knows.
-    unseen = target[probabilities.gather(1, target[:, None])[:, 0] == -math.inf]
-    chosen[unseen] = False
-    found = [auroc_influence(probabilities[:, c], target == c) for c in chosen.nonzero()[:, 0].tolist()]
-    if not found:
-        return math.nan, torch.full((len(target),), torch.nan, dtype=torch.float64)
-    return sum(auroc for auroc, _ in found) / len(found), torch.stack([one for _, one in found]).mean(0)
+    chosen[target[of_target == -math.inf]] = False
+    total, influence = 0.0, torch.zeros(len(target), dtype=torch.float64)
+    for classes in chosen.nonzero()[:, 0].split(rows_at_once(len(target))):
+        for c, scores in zip(classes.tolist(), columns(classes).T.contiguous(), strict=True):
+            auroc, one = auroc_influence(scores, target == c)
+            total += auroc
+            influence += one
+    count = int(chosen.sum())
+    return (total / count if count else math.nan), influence / count
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 10) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_xattn.core.attention import Attention, Direction
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.functional.bins import add_rows, bin_sizes, sum_bins
-from lightning_xattn.functional.chunks import WEIGHT_FLOOR, Buffers, Chunk, read_chunks, split_queries
+from lightning_xattn.functional.row_chunks import WEIGHT_FLOOR, Buffers, Chunk, read_chunks, split_queries
 
 SPARSITY_THRESHOLD = 0.1
 """A weight below this counts as sparse."""

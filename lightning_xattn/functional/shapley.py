@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -213,6 +213,10 @@ def play(
     [0.5, 0.75]
     """
     samples, everything = len(intact), frozenset(range(modalities))
+    # Classes are fitted apart from each other, so of many those at which no value is taken are left out.
+    used, chosen = chosen.unique(return_inverse=True)
+    intact = intact[:, used]
+    permutes = {subset: replace(one, values=one.values[:, used]) for subset, one in permutes.items()}
     fits = {subset: additive_fit(permute, samples) for subset, permute in permutes.items()}
     partners = (groups[:, None] != groups).double()
     if any(fit is None for fit in fits.values()):

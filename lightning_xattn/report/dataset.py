@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.evaluation.results import REST, DatasetResult
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.report.document import Document, Paragraph, Section
 from lightning_xattn.report.key_points import key_points
 from lightning_xattn.report.layers import HOW_TO_READ_ATTENTION, HOW_TO_READ_LAYER, describe_layer
 from lightning_xattn.report.modalities import HOW_TO_READ_MODALITIES, describe_fusion
 
+LISTED_CLASSES = 100
+"""Of more classes, so many of the largest have rows of their own, and all others one."""
+
 
 def describe_dataset(result: DatasetResult) -> Document:
     """Sections with the key points, the modalities, each layer's attention, and how to read them."""
     names, classes_by, fusion = result.class_names, result.classes_by, result.fusion
     sections, how_to_read = [Section("Key points", [key_points(result)])], list[str]()
+    largest = result.largest_classes(LISTED_CLASSES) if len(names) > LISTED_CLASSES + 1 else None
     if fusion is not None:
-        sections.append(Section("Modalities", [*describe_fusion(fusion, names, classes_by)]))
+        sections.append(Section("Modalities", [*describe_fusion(fusion, names, classes_by, largest)]))
         how_to_read += HOW_TO_READ_MODALITIES
     for layer, summary in result.summaries.items():
         title = f"Attention (layer {layer})" if len(result.summaries) > 1 else "Attention"
-        blocks = describe_layer(summary, names, classes_by, result.other_lengths.get(layer, 0))
+        blocks = describe_layer(summary, names, classes_by, result.other_lengths.get(layer, 0), largest)
         sections.append(Section(title, [*blocks]))
     if result.summaries:
         how_to_read += [HOW_TO_READ_ATTENTION, *HOW_TO_READ_LAYER]
+    if largest is not None:
+        how_to_read.append(
+            f"Of {len(names)} classes the {LISTED_CLASSES} with the most samples have rows of their own; {REST}: the "
+            "others."
+        )
     nouns = [summary.group_noun for summary in result.summaries.values()]
     nouns += [] if fusion is None else [fusion.group_noun]
     how_to_read += map(_describe_independence, dict.fromkeys(nouns))

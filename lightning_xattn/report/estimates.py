@@ -9,6 +9,7 @@ from typing import Literal
 
 from lightning_xattn.core.wording import decimal, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison, LayerSummary
+from lightning_xattn.evaluation.results import REST
 from lightning_xattn.evaluation.statistics import Column
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
@@ -44,6 +45,11 @@ def list_subsets(
     found += [] if unclassified is None else [Subset("unclassified", "no class", unclassified)]
     outcomes = [Subset("outcome", "correct", None, CORRECT), Subset("outcome", "incorrect", None, INCORRECT)]
     return found + (outcomes if has_outcomes else [])
+
+
+def merge_names(class_names: Sequence[str], largest: Sequence[int]) -> list[str]:
+    """The names of these classes, and of all others together."""
+    return [*(class_names[class_id] for class_id in largest), REST]
 
 
 def list_layer_subsets(summary: LayerSummary, class_names: Sequence[str]) -> list[Subset]:

@@ -23,6 +23,7 @@ from lightning_xattn.report.estimates import (
     format_estimate,
     format_percent,
     list_layer_subsets,
+    merge_names,
 )
 from lightning_xattn.report.key_points import shown_layer_scores
 from lightning_xattn.report.undefined import undefined_in_layer
@@ -49,25 +50,32 @@ _ACCURACY = {"target": "accuracy (recall)", "prediction": "accuracy (precision)"
 
 
 def describe_layer(
-    summary: LayerSummary, class_names: Sequence[str], classes_by: str | None, other_lengths: int = 0
+    summary: LayerSummary,
+    class_names: Sequence[str],
+    classes_by: str | None,
+    other_lengths: int = 0,
+    largest: Sequence[int] | None = None,
 ) -> Iterator[Block]:
     """Counts, a table of means by class and outcome, and what differs between correct and incorrect predictions.
 
     ``classes_by``: whether classes are those of the "target" or of the "prediction"; None: not known.
-    ``other_lengths``: as in ``DatasetResult``, of this layer.
+    ``other_lengths``: as in ``DatasetResult``, of this layer. ``largest``: the classes that have rows of their own;
+    None: all.
     """
     undefined = undefined_in_layer(summary)
     yield Items([*_list_counts(summary, undefined, other_lengths)])
     columns = _table_columns(summary)
-    subsets = list_layer_subsets(summary, class_names)
+    # What compares outcomes within classes takes all of them.
+    tabulated = summary if largest is None else summary.with_classes(largest)
+    subsets = list_layer_subsets(tabulated, class_names if largest is None else merge_names(class_names, largest))
     has_classes = any(subset.kind == "class" for subset in subsets)
     title, accuracy = (GROUPED_BY[classes_by], _ACCURACY[classes_by]) if has_classes else ("samples", "accuracy")
     size = f"n ({summary.group_noun})" if summary.group_noun else "n"
     estimates = [
-        (estimate_accuracy(summary, one), *(estimate_mean(summary, column, *one.chosen) for column in columns))
+        (estimate_accuracy(tabulated, one), *(estimate_mean(tabulated, column, *one.chosen) for column in columns))
         for one in subsets
     ]
-    rows = [_table_row(summary, *row) for row in zip(subsets, estimates, strict=True)]
+    rows = [_table_row(tabulated, *row) for row in zip(subsets, estimates, strict=True)]
     yield Table((title, size, accuracy, *columns.values()), rows)
     yield explain_brackets(summary.group_noun)
     intervals = sum(not math.isnan(one.low) for row in estimates for one in row)

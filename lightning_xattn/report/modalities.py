@@ -22,6 +22,7 @@ from lightning_xattn.report.estimates import (
     format_estimate,
     format_percent,
     list_subsets,
+    merge_names,
 )
 from lightning_xattn.report.key_points import describe_limits, shown_scores
 
@@ -46,10 +47,13 @@ HOW_TO_READ_MODALITIES = (
 )
 
 
-def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Block]:
+def describe_fusion(
+    fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None, largest: Sequence[int] | None = None
+) -> Iterator[Block]:
     """Counts, a table of the modalities, one by class and outcome, and lists of what concerns all samples.
 
     ``classes_by``: whether classes are those of the "target" or of the "prediction"; None: not known.
+    ``largest``: the classes that have rows of their own; None: all.
     """
     noun = fusion.group_noun
     size = f"{fusion.samples} of {fusion.known_groups} {noun}" if noun else str(fusion.samples)
@@ -78,7 +82,10 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
     if fusion.support_problem:
         yield Paragraph(f"Support not computed: {fusion.support_problem}.")
     yield from _tabulate_cells(fusion)
-    yield from _tabulate_subsets(fusion, class_names, classes_by)
+    if largest is None:
+        yield from _tabulate_subsets(fusion, class_names, classes_by)
+    else:
+        yield from _tabulate_subsets(fusion.merge_classes(largest), merge_names(class_names, largest), classes_by)
     if whole := list(_describe_whole(fusion)):
         yield Items(whole, "Over all samples")
     if fusion.saved is not None:

@@ -82,9 +82,9 @@ def test_the_table_has_the_numbers_of_each_sample(tmp_path):
     for column, number in names.items():
         np.testing.assert_allclose(rows[column], summary.numbers[number], rtol=1e-5, atol=1e-6, err_msg=column)
     assert rows["contribution/left"].notna().sum() == 64
-    for name, probe in summary.probes.items():
-        assert rows[f"probe/{name}"].tolist() == probe.argmax(1).tolist()
-        np.testing.assert_allclose(rows[f"probe_probability/{name}"], probe.amax(1), rtol=1e-5)
+    for name, classes in summary.probe_classes.items():
+        assert rows[f"probe/{name}"].tolist() == classes.tolist()
+        np.testing.assert_allclose(rows[f"probe_probability/{name}"], summary.probe_probabilities[name], rtol=1e-5)
     few = TensorDataset(*(one[:30] for one in data.tensors))
     watch_of(module, few, table=tmp_path / "few")
     unread = pd.read_parquet(tmp_path / "few/samples")

@@ -134,8 +134,8 @@ def test_a_batch_of_a_data_set_that_was_explained(explained):
         assert found.predicted == one["predicted_name"]
         assert found.confidence == pytest.approx(one["confidence"], abs=1e-6)
         assert found.probes["left"] == (
-            NAMES[int(fusion.probes["left"][place].argmax())],
-            float(fusion.probes["left"][place].max()),
+            NAMES[int(fusion.probe_classes["left"][place])],
+            float(fusion.probe_probabilities["left"][place]),
         )
         supports = tuple(name for name in ("left", "right") if found.probes[name][0] == found.predicted)
         assert found.supporters == supports

@@ -394,3 +394,25 @@ def test_the_historys_confidence_is_of_all_samples_and_so_is_its_interval():
     for name in ("outcome/confidence_auroc", "outcome/confidence_auroc_low", "outcome/confidence_auroc_high"):
         assert few[name] == whole[name]
     assert few["outcome/support_auroc"] != whole["outcome/support_auroc"]
+
+
+def test_a_few_samples_at_a_time_give_the_same_numbers(monkeypatch):
+    """What keeps the memory of many classes small: nothing of samples x classes is kept."""
+    data, _ = said_data(150)
+    module = trained(Concatenation(), data, epochs=4).eval()
+    whole = summary_of(module, data, **NAMED)
+    monkeypatch.setattr("lightning_xattn.core.chunks.CELLS", 60)
+    monkeypatch.setattr("lightning_xattn.core.chunks.KEPT_CELLS", 100)
+    ours = summary_of(module, data, **NAMED)
+    assert ours.numbers.keys() == whole.numbers.keys()
+    for name, values in whole.numbers.items():
+        torch.testing.assert_close(ours.numbers[name], values, atol=1e-6, rtol=1e-6, equal_nan=True, msg=name)
+    for name in ("support_cell", "right_cell", "predicted"):
+        assert torch.equal(getattr(ours, name), getattr(whole, name))
+    for name, classes in whole.probe_classes.items():
+        assert torch.equal(ours.probe_classes[name], classes)
+        torch.testing.assert_close(ours.probe_probabilities[name], whole.probe_probabilities[name])
+    for name, auroc in whole.probe_aurocs.items():
+        assert tuple(vars(ours.probe_aurocs[name]).values()) == pytest.approx(tuple(vars(auroc).values()), nan_ok=True)
+    for name, error in whole.calibration_errors.items():
+        assert ours.calibration_errors[name] == pytest.approx(error, abs=1e-9)

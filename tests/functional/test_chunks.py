@@ -18,7 +18,7 @@ DIRECTION = Direction("audio", "text")
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of few queries."""
-    monkeypatch.setattr("lightning_xattn.functional.chunks.CHUNK", 11 * BATCH * HEADS * KEYS)
+    monkeypatch.setattr("lightning_xattn.functional.row_chunks.CHUNK", 11 * BATCH * HEADS * KEYS)
 
 
 @pytest.fixture(params=[0, 2**22], ids=["recomputed", "kept"])

@@ -9,7 +9,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from lightning_xattn import functional
 from lightning_xattn.core.ids import hashed
-from lightning_xattn.functional.probe import LEAST_OF_A_CLASS, POOLED_WIDTH
+from lightning_xattn.functional.pooling import POOLED_WIDTH
+from lightning_xattn.functional.probe import LEAST_OF_A_CLASS
 from tests import reference
 
 CLASSES = 3
@@ -213,7 +214,7 @@ def test_joint_probes_are_those_of_features_side_by_side():
     probes = functional.cross_fitted_probes(parts, target, folds, CLASSES, [("a", "c"), ("a", "b", "c")])
     for names in [("a",), ("b",), ("c",), ("a", "c"), ("a", "b", "c")]:
         alone = functional.cross_fitted_probe(torch.cat([parts[name] for name in names], 1), target, folds, CLASSES)
-        torch.testing.assert_close(probes[names], alone, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(probes[names].log_probabilities(), alone, atol=1e-6, rtol=1e-6)
     assert probes.keys() == {("a",), ("b",), ("c",), ("a", "c"), ("a", "b", "c")}
 
 
@@ -237,7 +238,7 @@ def test_one_token_of_many_and_a_spread_are_seen():
 def test_a_projection_is_the_same_in_every_process_and_draws_no_random_numbers(monkeypatch):
     found = []
     for seed in (1, 2):
-        monkeypatch.setattr("lightning_xattn.functional.probe._PROJECTIONS", {})
+        monkeypatch.setattr("lightning_xattn.functional.pooling._PROJECTIONS", {})
         torch.manual_seed(seed)
         found.append(functional.project(torch.eye(POOLED_WIDTH + 3)))
         assert torch.get_rng_state().equal(torch.manual_seed(seed).get_state())
@@ -252,3 +253,51 @@ def test_wide_features_are_projected_always_the_same_way():
     assert torch.equal(ours, functional.project(x.clone()))
     ratio = ours.square().sum(1).mean() / x.square().sum(1).mean()
     assert ratio == pytest.approx(1, abs=0.15)
+
+
+@pytest.fixture
+def few_cells(monkeypatch):
+    """As of many classes: a few samples at a time, and nothing kept but the last fit."""
+    monkeypatch.setattr("lightning_xattn.core.chunks.CELLS", 50)
+    monkeypatch.setattr("lightning_xattn.core.chunks.KEPT_CELLS", 100)
+
+
+def test_a_few_samples_at_a_time_give_the_same_numbers(few_cells):
+    x, target, folds = made_up(150, width=8)
+    target, n_classes = 7 * target + 3, 40  # classes 3, 10 and 17 of 40
+    target[:4] = torch.tensor([-1, 25, 39, 40])  # no class, a rare one, another, and one that is none
+    probes = functional.cross_fitted_probes({"a": x[:, :3], "b": x[:, 3:]}, target, folds, n_classes, [("a", "b")])
+    for names, part in ((("a",), x[:, :3]), (("b",), x[:, 3:]), (("a", "b"), x)):
+        known = torch.where(target < n_classes, target, -1).tolist()
+        expected = reference.cross_fitted_probe(part.double().numpy(), known, folds.tolist(), n_classes)
+        probe = probes[names]
+        np.testing.assert_allclose(probe.log_probabilities().exp(), expected, atol=1e-6)
+        assert probe.classes.tolist() == [3, 10, 17, 25, 39]
+        some = torch.tensor([7, 3, 149])
+        torch.testing.assert_close(probe.log_probabilities(some), probe.log_probabilities()[some])
+        columns = probe.of_known_class(torch.tensor([2, 0]))
+        torch.testing.assert_close(columns, probe.log_probabilities()[:, [17, 3]])
+
+
+def test_a_temperature_from_a_part_of_the_samples_is_that_of_all(few_cells):
+    x, target, folds = made_up(300)
+    probe = functional.cross_fitted_probes({"a": x}, target, folds, CLASSES)["a",]
+    expected = reference.cross_fitted_probe(x.double().numpy(), target.tolist(), folds.tolist(), CLASSES)
+    np.testing.assert_allclose(probe.log_probabilities().exp(), expected, atol=1e-6)
+    weights, bias = functional.fit_probes({"a": x}, target, folds, CLASSES)["a",]
+    factor = reference.inverse_temperature(*slow_scores(x, target, folds))
+    whole = reference.discriminant_scores(x.double().numpy(), target.tolist(), CLASSES)
+    ours = (x.double() @ weights.T + bias).softmax(1)
+    theirs = torch.stack([torch.as_tensor(factor * whole(one)).softmax(0) for one in x.double().numpy()])
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def slow_scores(x, target, folds):
+    """Scores of each sample by a fit without its fold, and its class."""
+    scores, labels = [], []
+    for fold in folds.unique().tolist():
+        seen = folds != fold
+        fit = reference.discriminant_scores(x[seen].double().numpy(), target[seen].tolist(), CLASSES)
+        scores += [fit(one) for one in x[~seen].double().numpy()]
+        labels += target[~seen].tolist()
+    return scores, labels

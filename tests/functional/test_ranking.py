@@ -108,3 +108,22 @@ def test_a_probe_that_is_never_wrong_has_an_interval(groups):
     assert found.low == pytest.approx(n / (n + t.ppf(0.975, n - 1) ** 2))
     none = functional.estimate_by_influence(0.0, torch.zeros(60), groups, limits=(-1.0, 1.0))
     assert math.isnan(none.low)
+
+
+def test_classes_one_by_one_give_the_same_macro_auroc(monkeypatch):
+    probabilities, target, _ = made_up()
+    whole = functional.macro_auroc_influence(probabilities, target)
+    monkeypatch.setattr("lightning_xattn.core.chunks.CELLS", 60)
+    asked = []
+
+    def columns(classes):
+        asked.append(classes.tolist())
+        return probabilities[:, classes]
+
+    of_target = probabilities.gather(1, target[:, None])[:, 0]
+    value, influence = functional.macro_auroc_by_class(columns, of_target, target, CLASSES)
+    assert asked == [[0], [1], [2]]
+    assert value == whole[0]
+    assert torch.equal(influence, whole[1])
+    expected = [roc_auc_score(target == c, probabilities[:, c]) for c in range(CLASSES)]
+    assert value == pytest.approx(np.mean(expected), rel=1e-12)

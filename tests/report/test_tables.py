@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lightning_xattn import create_explainability_report
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_confident_unsupported
@@ -199,3 +200,31 @@ def test_interactions_are_signed_and_named_and_problems_are_listed_together(resu
         assert f"- **Interaction of {pair} (centred logits):** {estimate}" in lines
     assert fusion.estimate("interaction/left_right").mean > 0
     assert "No probe on Left and Right: no targets." in lines
+
+
+def test_of_many_classes_the_largest_have_rows_and_the_others_one(result, tables, members, monkeypatch):
+    monkeypatch.setattr("lightning_xattn.report.dataset.LISTED_CLASSES", 2)
+    report = create_explainability_report(result)
+    of_fusion = "modalities", "faithfulness", "cells", "right", "subsets", "scores of the fusion"
+    found = dict(zip([*of_fusion, "layer", "scores of the layer"], tables_of(report), strict=True))
+    largest = [CLASSES[c] for c in result.largest_classes(2)]
+    assert largest == sorted(sorted(CLASSES, key=lambda name: -int(members[name].sum()))[:2])
+    for name, (header, rows) in tables.items():
+        same, ours = found[name]
+        assert same == header
+        if name not in ("subsets", "layer"):
+            assert ours == rows
+            continue
+        expected = [one for one in rows if one not in CLASSES or one in largest]
+        expected.insert(3, "rest")
+        assert [*ours] == expected
+        assert all(ours[one] == rows[one] for one in ours if one != "rest")
+    others = torch.stack([members[name] for name in CLASSES if name not in largest]).any(0)
+    fusion = result.fusion
+    for column, name in enumerate(("left", "right")):
+        expected = in_percent(fusion.estimate(f"supports/{name}", among=others))
+        assert found["subsets"][1]["rest"][column] == expected
+    layer = result.headline
+    sizes = [layer.size(class_id) for class_id, name in enumerate(CLASSES) if name not in largest]
+    assert found["layer"][1]["rest"][0].split()[0] == str(sum(sizes))
+    assert "Of 4 classes the 2 with the most samples have rows of their own; rest: the others." in report
