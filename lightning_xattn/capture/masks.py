@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_xattn.core import devices
 from lightning_xattn.core.scores import Scores
 
 MASKED = -1e3
@@ -164,7 +165,7 @@ def find_visible_keys(scores: Tensor, weights: Tensor) -> Tensor | None:
     score is about what a mask adds. A row with NaN or an infinite score is broken, not hidden: it counts as
     seeing what the other rows see.
     """
-    if scores.device.type == "cpu" and scores.numel():
+    if devices.reads_at_once(scores) and scores.numel():
         low, high = (float(one) for one in scores.aminmax())
         if high - low < _FAR_BELOW and low > _MASK + _FAR_BELOW:
             return None

@@ -13,6 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lightning_xattn.core import devices
 from lightning_xattn.core.attention import Attention
 from lightning_xattn.functional.bins import sum_bins
 from lightning_xattn.functional.row_chunks import Buffers, Columns, read_chunks
@@ -275,7 +276,7 @@ def _full_cells(rows: Rows) -> Tensor:
 
 def _surely(cells: Tensor) -> bool:
     """Whether all are true; on a GPU, which would have to wait, it is not looked at."""
-    return cells.device.type == "cpu" and bool(cells.all())
+    return devices.reads_at_once(cells) and bool(cells.all())
 
 
 class _Moments:

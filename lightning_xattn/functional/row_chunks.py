@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_xattn.core import devices
 from lightning_xattn.core.attention import Attention, row_sum_tolerance
 from lightning_xattn.core.scores import HIDDEN, Scores
 
@@ -168,20 +169,20 @@ def _judge(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Which rows are valid and which broken, and the cross-modal attention mass of those that have one."""
     expected = keys > 0
+    if mass is not None and attention.key_mask is not None:  # a sample without the other modality has none
+        mass = mass.masked_fill(~attention.key_mask.any(1)[:, None, None], torch.nan)
     if attention.cross_modal_mass is not None:
         mass = attention.cross_modal_mass[:, :, queries]
     if attention.query_mask is not None:
         is_token = attention.query_mask[:, None, queries]
         expected = expected & is_token
         mass = None if mass is None else mass.masked_fill(~is_token, torch.nan)
-    if mass is not None and attention.key_mask is not None:  # a sample without the other modality has none
-        mass = mass.masked_fill(~attention.key_mask.any(1)[:, None, None], torch.nan)
     return expected & sound, expected & ~sound, mass
 
 
 def _surely_all(valid: Tensor) -> bool:
     """Whether all are valid; on a GPU, which would have to wait, it is not looked at."""
-    return valid.device.type == "cpu" and bool(valid.all())
+    return devices.reads_at_once(valid) and bool(valid.all())
 
 
 class Columns:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_xattn.core import devices
 from lightning_xattn.core.attention import Attention, Direction
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.functional.bins import add_rows, bin_sizes, sum_bins
@@ -533,7 +534,7 @@ def row_statistics(weights: Weights, key_mask: Tensor | None = None) -> dict[str
 def _count_sparse(chunk: Chunk) -> Tensor:
     """How many weights of each row are below ``SPARSITY_THRESHOLD``."""
     largest = chunk.largest
-    if largest.device.type == "cpu" and largest.numel() and float(largest.max()) < SPARSITY_THRESHOLD:
+    if devices.reads_at_once(largest) and largest.numel() and float(largest.max()) < SPARSITY_THRESHOLD:
         return torch.full_like(largest, chunk.weights.shape[-1])  # as usual with many keys
     # A sum of booleans takes many times as long as one of floats.
     return torch.lt(chunk.weights, SPARSITY_THRESHOLD, out=chunk.scratch).sum(-1)
