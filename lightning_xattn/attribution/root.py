@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,8 @@ class Root:
         Where the predictions are, and what their tensor means.
     path, turn
         The path of the module that is called, and the number of the call in the step, from 0 on; None: the step is.
+    changes_state
+        Whether a run was seen to change the model's state, so that it is put back between any two runs.
     """
 
     model: nn.Module
@@ -95,7 +97,10 @@ class Root:
     path: str | None
     turn: int = 0
     with_hooks: bool = False
+    changes_state: bool = False
     _state: ModelState | None = None
+    _shares_state: bool = False
+    _is_restoring: bool = False
 
     def __post_init__(self) -> None:
         self.axes = {path: samples_axis(leaf, self.samples) for path, leaf in self.call.leaves()}
@@ -111,6 +116,18 @@ class Root:
             if axis is not None and path not in (others or {})
         }
         return self.call.replaced(values | dict(others or {}))
+
+    @contextmanager
+    def sharing_state(self) -> Iterator[None]:
+        """Let all ``keeping_state`` in the block share one copy of the state, made by the first of them.
+
+        Nothing else runs the model in the block, or changes it.
+        """
+        self._shares_state = True
+        try:
+            yield
+        finally:
+            self._shares_state, self._state = False, None
 
     @contextmanager
     def keeping_state(self) -> Iterator[None]:
@@ -131,25 +148,40 @@ class Root:
         try:
             yield
         finally:
-            self._state = None
+            if not self._shares_state:
+                self._state = None
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
         """Put the model's state back at the end of the block, which runs under the conditions of the step.
+
+        In another such block only torch's random generators begin again, as they do for each run.
 
         Raises
         ------
         ReplayError
             If it cannot be kept or put back.
         """
+        if self._is_restoring:
+            begin_generators(self.generators)
+            yield
+            return
         with self.keeping_state():
             assert self._state is not None
+            state = restoring_state(self._state, self.with_hooks, self.generators, self.model)
+            self._is_restoring = True
             try:
-                state = restoring_state(self._state, self.with_hooks, self.generators, self.model)
                 with state, self.precision.entered():
                     yield
             except RuntimeError as error:
                 raise ReplayError(str(error)) from error
+            finally:
+                self._is_restoring = False
+                self.changes_state |= self._state.has_changed
+
+    def restoring_once(self) -> AbstractContextManager[None]:
+        """Put the model's state back at the end of several runs; after each where a run is known to change it."""
+        return nullcontext() if self.changes_state else self.restoring()
 
     def run(
         self,
@@ -324,16 +356,16 @@ def restoring_state(
             if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import is slow
                 contexts.enter_context(run_uncompiled())
             state.set_gradients_aside()
-            for generator, begin in zip(torch_generators(), generators, strict=False):
-                generator.set_state(begin)
+            begin_generators(generators)
             contexts.enter_context(_mute_loggers(model))
             for book, _ in () if with_hooks else everywhere:
                 book.clear()
             for one in state.modules:
-                if not with_hooks:
-                    vars(one).update({name: OrderedDict() for name in HOOKS})
+                changed = dict[str, Any]() if with_hooks else {name: OrderedDict() for name in HOOKS}
                 if hasattr(one, "log_dict") and hasattr(one, "log"):
-                    vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
+                    changed |= dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
+                contexts.callback(_put_attributes, one, {name: vars(one).get(name, _ABSENT) for name in changed})
+                vars(one).update(changed)
             yield
     except Exception:  # an error of the restoring replaces it, as the state is then not whole
         raise
@@ -346,6 +378,24 @@ def restoring_state(
             book.update(before)
         with suppress(*[RuntimeError] * is_interrupted):
             state.restore()
+
+
+_ABSENT = object()
+
+
+def _put_attributes(one: Any, before: Mapping[str, Any]) -> None:
+    """Put back what an object had in its ``__dict__``: what is left to restore is what a run has changed."""
+    for name, value in before.items():
+        if value is _ABSENT:
+            vars(one).pop(name, None)
+        else:
+            vars(one)[name] = value
+
+
+def begin_generators(states: Sequence[Tensor]) -> None:
+    """Let torch's random generators begin in these states."""
+    for generator, begin in zip(torch_generators(), states, strict=False):
+        generator.set_state(begin)
 
 
 @contextmanager
