@@ -165,14 +165,15 @@ def _replay_jobs(
     The first job is the intact samples, whose outputs must be those of the step.
     """
     results: dict[int, ModelOutput] = {}
-    for number, job in enumerate(jobs):
-        mine = part(len(job.rows))
-        if len(mine):
-            rows, columns = job.rows[mine], job.columns[mine]
-            sources = {name: rows if place in job.subset else columns for place, name in enumerate(names)}
-            replayed = [(chosen, replay(values)) for chosen, values in source.batches(sources, rows)]
-            chosen, parts = zip(*replayed, strict=True)
-            results[number] = ModelOutput.joined(parts)[torch.cat(chosen).argsort()]
-            if number == 0 and not are_same_outputs(source.model_output[mine], results[0], replay.precision):
-                raise ReplayError(NOT_REPRODUCED)
+    with replay.restoring_once():
+        for number, job in enumerate(jobs):
+            mine = part(len(job.rows))
+            if len(mine):
+                rows, columns = job.rows[mine], job.columns[mine]
+                sources = {name: rows if place in job.subset else columns for place, name in enumerate(names)}
+                replayed = [(chosen, replay(values)) for chosen, values in source.batches(sources, rows)]
+                chosen, parts = zip(*replayed, strict=True)
+                results[number] = ModelOutput.joined(parts)[torch.cat(chosen).argsort()]
+                if number == 0 and not are_same_outputs(source.model_output[mine], results[0], replay.precision):
+                    raise ReplayError(NOT_REPRODUCED)
     return results, not replay.skips

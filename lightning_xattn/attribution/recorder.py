@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -358,6 +359,10 @@ class ModalityRecorder:
         if self._replay is None:
             self._replay = Replay(self._root, self._columns)
         return self._replay
+
+    def sharing_state(self) -> AbstractContextManager[None]:
+        """Let all replays in the block share one copy of the model's state; nothing else runs the model meanwhile."""
+        return nullcontext() if self._root is None else self._root.sharing_state()
 
     def find_attention(self, direction: Direction, queries: int | None, keys: int) -> AttentionPlace | None:
         """Where a direction of the first layer is computed behind the modalities; None where that is not known.

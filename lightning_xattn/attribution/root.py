@@ -6,12 +6,13 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_xattn.attribution.known_outputs import KnownOutputs
 from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput
 from lightning_xattn.attribution.ports import Column, Key, Place
 from lightning_xattn.attribution.state import HOOKS, ModelState, torch_generators
@@ -179,6 +180,12 @@ class Root:
                 self._is_restoring = False
                 self.changes_state |= self._state.has_changed
 
+    def of_copies(self, call: Call) -> Root:
+        """The same of a copy of its call, inside of ``keeping_state``: with the same state, which it restores, too."""
+        assert self._state is not None
+        self._state.add(call.args, call.kwargs)
+        return replace(self, call=call)
+
     def restoring_once(self) -> AbstractContextManager[None]:
         """Put the model's state back at the end of several runs; after each where a run is known to change it."""
         return nullcontext() if self.changes_state else self.restoring()
@@ -190,6 +197,7 @@ class Root:
         templates: Mapping[Key, Any] | None = None,
         capture: Collection[Key] | None = (),
         flow: Dataflow | None = None,
+        known: KnownOutputs | None = None,
     ) -> tuple[Tensor, dict[Key, Any], dict[Key, Call]]:
         """Run once; inside of ``restoring``.
 
@@ -205,6 +213,8 @@ class Root:
             The calls whose outputs and arguments are kept; None: all.
         flow
             Notes which labels reach what.
+        known
+            The outputs of calls in earlier runs of the same samples, which need not run again.
 
         Returns
         -------
@@ -239,6 +249,8 @@ class Root:
             given = held["output"].get(key, {})
             if given and templates is not None:
                 output = templates.get(key)
+            elif known is not None and not given and module in known.paths:
+                output = known.run(key, forward, own)
             elif given or flow is None:
                 output = forward(*own.args, **own.kwargs)
             else:
@@ -256,7 +268,8 @@ class Root:
         if flow is None and capture is not None:
             needed = {path for path, _ in (*held["argument"], *held["output"], *capture)}
             needed |= {place.path} if place.kind in ("call", "callable") else set()
-            paths = {get_module(self.model, path): path for path in needed}
+            paths = {} if known is None else dict(known.paths)
+            paths |= {get_module(self.model, path): path for path in needed}
         else:
             paths = {module: path for path, module in walk_modules(self.model)}
         with ExitStack() as changes:

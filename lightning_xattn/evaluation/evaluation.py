@@ -399,10 +399,11 @@ class Evaluation:
     ) -> FusionSummary:
         size, kept = self._settings.contribution_samples, self.totals.kept
         problem = self.totals.replay_problem if size else "contribution_samples is 0"
-        found = problem or compute_contributions(kept, fusion, partners)
-        # Where the intact samples' outputs do not come back, there is nothing to compare with.
-        tests_attention &= isinstance(found, Contributions)
-        replaced = replace_keys(kept, fusion) if tests_attention else {}
+        with fusion.sharing_state():
+            found = problem or compute_contributions(kept, fusion, partners)
+            # Where the intact samples' outputs do not come back, there is nothing to compare with.
+            tests_attention &= isinstance(found, Contributions)
+            replaced = replace_keys(kept, fusion) if tests_attention else {}
         sources = tuple(map(str, fusion.modalities))
         if saved is not None:
             saved.require_sources(sources)
