@@ -88,8 +88,8 @@ class ModelState:
 
     def __init__(self, *roots: Any) -> None:
         self.has_changed = False
-        # Each says whether it had to, where that is known.
-        self._restores: list[Callable[[], bool | None]] = []
+        # Each gives True if something had changed.
+        self._restores: list[Callable[[], object]] = []
         # By id a class, and whether its objects are leaves: a class of the user's may have no hash.
         self._leaves: dict[int, tuple[type, bool]] = {}
         # Keeps what was seen alive, so that no id is used twice.
@@ -142,7 +142,7 @@ class ModelState:
         with torch._C.DisableTorchFunction():
             for restore in self._restores:
                 try:
-                    self.has_changed |= bool(restore())
+                    self.has_changed |= restore() is True
                 except Exception as error:  # an object of the user's may refuse anything
                     problems.append(repr(error))
         if problems:
