@@ -89,7 +89,7 @@ def compute_contributions(
 ) -> Contributions | str:
     """The contributions of the modalities to the predictions of some samples; or why they are not computed.
 
-    Several processes share the replays, see `share_work`: a few collectives, which each must reach.
+    Several processes share the replays, see `share_work`: a collective, which each must reach.
 
     Parameters
     ----------

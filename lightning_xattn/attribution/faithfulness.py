@@ -55,7 +55,7 @@ class Replaced:
 def replace_keys(kept: KeptSamples, fusion: ModalityRecorder) -> dict[Direction, Replaced]:
     """What replacing the keys of each direction of the first layer by those of a partner does, or why it is not run.
 
-    Several processes share the replays, see `share_work`: a few collectives, which each must reach.
+    Several processes share the replays, see `share_work`: a collective, which each must reach.
 
     Parameters
     ----------

@@ -190,9 +190,9 @@ class Replay:
         """See ``Root.restoring_once``."""
         return self._root.restoring_once()
 
-    def _chunks(self, values: Values) -> tuple[Tensor, ...]:
+    def _chunks(self, values: Values) -> Iterator[Tensor]:
         """The indices of samples that are run together."""
-        return torch.arange(len(next(iter(values.values())))).split(self.rows)
+        yield from torch.arange(len(next(iter(values.values())))).split(self.rows)
 
     def _take(self, values: Values, rows: Tensor) -> _Samples:
         """What is run for some samples; copies, which the model may change in place."""

@@ -124,6 +124,9 @@ class Root:
 
         Nothing else runs the model in the block, or changes it.
         """
+        if self._shares_state:
+            yield
+            return
         self._shares_state = True
         try:
             yield

@@ -437,7 +437,8 @@ def summarise_all(
 ) -> Iterator[tuple[int, DatasetResult]]:
     """Each dataloader with its result over all processes, in the same order on each of them.
 
-    A collective, and for each dataloader those of `Evaluation.summarise`, which every process must reach.
+    A collective for all sums, and for each dataloader those of `Evaluation.summarise`, which every process must reach:
+    one for its contributions, and one where the attention is tested.
 
     Parameters
     ----------
@@ -452,7 +453,13 @@ def summarise_all(
     permuted
         As `Evaluation.summarise` takes it.
     """
-    several = processes.gather({number: evaluation.own_totals() for number, evaluation in evaluations.items()})
-    for number in sorted({number for parts in several for number in parts}):
-        of_number = [parts[number] for parts in several if number in parts]
-        yield number, evaluations[number].summarise(recorder, tests_attention, of_number, permuted=permuted)
+    own, fusion = {number: evaluation.own_totals() for number, evaluation in evaluations.items()}, recorder.fusion
+    with fusion.sharing_state():
+        may_replay = not any(totals.replay_problem for totals in own.values())
+        gathered = processes.gather((own, fusion.find_readiness() if may_replay else None))
+        ready = [readiness for _, readiness in gathered if readiness is not None]
+        fusion.readiness = ready if len(ready) == len(gathered) else None
+        several = [parts for parts, _ in gathered]
+        for number in sorted({number for parts in several for number in parts}):
+            of_number = [parts[number] for parts in several if number in parts]
+            yield number, evaluations[number].summarise(recorder, tests_attention, of_number, permuted=permuted)
