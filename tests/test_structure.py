@@ -119,10 +119,11 @@ def test_functional_exports_every_statistic_that_it_has():
     defined = {
         node.name
         for path in (PACKAGE / "functional").glob("*.py")
+        if path.stem not in ("bins", "row_chunks", "row_collector")  # how rows are read, for all statistics
         for node in ast.parse(path.read_text()).body
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
     }
-    assert defined | {"ROW_STATISTICS"} == set(functional.__all__)
+    assert defined | {"ROW_STATISTICS", "Rows"} == set(functional.__all__)
 
 
 ALONE = """

@@ -55,7 +55,7 @@ class Replaced:
 def replace_keys(kept: KeptSamples, fusion: ModalityRecorder) -> dict[Direction, Replaced]:
     """What replacing the keys of each direction of the first layer by those of a partner does, or why it is not run.
 
-    Several processes share the replays, see `share_work`: a few collectives, which each must reach.
+    Several processes share the replays, see `share_work`: a collective, which each must reach.
 
     Parameters
     ----------
@@ -178,30 +178,36 @@ def _replace_keys(
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.rand(len(source), received.shape[1], generator=generator).argsort(1)[samples]
 
-    def run(scores: Tensor, last: Tensor | None = None) -> Tensor:
-        """The table of these scores; the last column, of all keys, may be known from others."""
-        columns = []
-        *several, every = replacements(scores, shuffled).unbind(1)
-        for chosen in several if last is not None else [*several, every]:
-            if keys is None:
-                output = replay(_replace_at_modality(direction, tokens, others, chosen))
-            else:
-                output = replay(tokens, place, partial(_replace_at_attention, keys, chosen))
-            columns.append(output.values.gather(1, classes[:, None])[:, 0])
-        values = torch.stack(columns if last is None else [*columns, last], dim=1)
+    def run(changes: Sequence[Tensor]) -> list[Tensor]:
+        """The probabilities after each of several replacements ``(samples, keys)``."""
+        if keys is None or place is None:
+            outputs = [replay(_replace_at_modality(direction, tokens, others, chosen)) for chosen in changes]
+        else:
+            edits = [partial(_replace_at_attention, keys, chosen) for chosen in changes]
+            outputs = replay.run_edits(tokens, place, edits)
+        return [output.values.gather(1, classes[:, None])[:, 0] for output in outputs]
+
+    def table(scores: Tensor, columns: Sequence[Tensor]) -> Tensor:
+        values = torch.stack(list(columns), dim=1)
         ranked = ((~scores.isnan()).sum(1) > 1) & values.isfinite().all(1)
         return values.masked_fill(~ranked[:, None], torch.nan)
 
-    values, problem = run(received), ""
+    by_attention, by_slope, problem = replacements(received, shuffled).unbind(1), list[Tensor](), ""
+    slopes = torch.full_like(received, torch.nan)
     try:
         if place is None:
             raise ReplayError("where it is computed is not known")
         slopes = replay.compute_key_slopes(tokens, place, classes).masked_fill(received.isnan(), torch.nan)
-        reference = run(slopes, values[:, -1])
+        by_slope = list(replacements(slopes, shuffled).unbind(1)[:-1])  # the last is of all keys, as the other's
     except ReplayError as error:
-        reference, problem = torch.full_like(values, torch.nan), str(error)
-    table = _Share.empty(source).table.index_copy(0, samples, torch.cat([values, reference], dim=1))
-    return _Share(table, keys is not None, without_reference=problem)
+        problem = str(error)
+    found = run([*by_attention, *by_slope])
+    values = table(received, found[:REPLACEMENTS])
+    reference = torch.full_like(values, torch.nan)
+    if by_slope:
+        reference = table(slopes, [*found[REPLACEMENTS:], values[:, -1]])
+    whole = _Share.empty(source).table.index_copy(0, samples, torch.cat([values, reference], dim=1))
+    return _Share(whole, keys is not None, without_reference=problem)
 
 
 def _find_keys(replay: Replay, place: AttentionPlace, tokens: Values, samples: int) -> tuple[Tensor, ...] | None:

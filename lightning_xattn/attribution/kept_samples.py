@@ -340,7 +340,9 @@ class TokenSource:
 
 
 def share_work(fusion: ModalityRecorder, work: Callable[[Replay, Part], Result]) -> list[Result]:
-    """The results of all processes, each of which does its part of work that takes replays: two collectives.
+    """The results of all processes, each of which does its part of work that takes replays: one collective.
+
+    Another one, where it has not been gathered yet which of them can replay.
 
     A process that cannot replay, as its first samples are not finite, has no part in it.
 
@@ -362,12 +364,9 @@ def share_work(fusion: ModalityRecorder, work: Callable[[Replay, Part], Result])
         If none can replay, or the work of one fails.
     """
     processes = fusion.processes
-    replay, result, problem = None, None, ""
-    try:
-        replay = fusion.make_replay()
-    except ReplayError as error:
-        problem = str(error)
-    gathered = processes.gather((problem, fusion.identify_modalities()))
+    if fusion.readiness is None:
+        fusion.readiness = processes.gather(fusion.find_readiness())
+    gathered = fusion.readiness
     problems = [found for found, _ in gathered]
     if len({described for _, described in gathered if described}) > 1:
         raise ReplayError(DISAGREE)
@@ -378,15 +377,17 @@ def share_work(fusion: ModalityRecorder, work: Callable[[Replay, Part], Result])
     def part(count: int) -> Tensor:
         return torch.arange(count).tensor_split(len(able))[able.index(processes.rank)]
 
-    if replay is not None:
+    result, problem = None, ""
+    if processes.rank in able:
         try:
+            replay = fusion.make_replay()
             with replay.keeping_state():
                 result = work(replay, part)
         except ReplayError as error:
             problem = str(error)
         except Exception as error:  # which the other processes must hear of
             problem = f"it fails: {error!r}"
-    results = processes.gather(("" if replay is None else problem, result))
+    results = processes.gather((problem, result))
     for found, _ in results:
         if found:
             raise ReplayError(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,9 @@ SPLIT_MODEL = (
     "the processes hold the model together, as under FSDP or DeepSpeed, so that none of them can run it again by itself"
 )
 """Why nothing is replayed, as the end of a sentence."""
+
+
+Readiness = tuple[str, tuple[object, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,8 @@ class ModalityRecorder:
     ----------
     found
         What the first step showed; its modalities are empty until then.
+    readiness
+        Of each process what ``find_readiness`` gives, in an evaluation in which that has been gathered.
     is_decided
         Whether it is known what the modalities are, or that they are not.
 
@@ -129,6 +135,7 @@ class ModalityRecorder:
         self._sources: Mapping[Direction, Source] = {}
         self._root: Root | None = None
         self._replay: Replay | None = None
+        self.readiness: list[Readiness] | None = None
         self._step: StepCall | None = None
         # How many axes each tensor had in the first step.
         self._axes: dict[Column, int] = {}
@@ -163,7 +170,7 @@ class ModalityRecorder:
 
     def reset(self) -> None:
         """Forget the call that an evaluation's replays repeat; the next evaluation has its own."""
-        self._root = self._replay = None
+        self._root = self._replay = self.readiness = None
         if self.found.root is not None:  # the batch of the first step, and what stands in for it
             self.found.root.call = Call((), {})
 
@@ -358,6 +365,20 @@ class ModalityRecorder:
         if self._replay is None:
             self._replay = Replay(self._root, self._columns)
         return self._replay
+
+    def sharing_state(self) -> AbstractContextManager[None]:
+        """Let all replays in the block share one copy of the model's state; nothing else runs the model meanwhile."""
+        return nullcontext() if self._root is None else self._root.sharing_state()
+
+    def find_readiness(self) -> Readiness:
+        """Why this process cannot replay ("": it can), and what it permutes, which must be the same on all of them."""
+        if not self.processes.hold_whole_model:
+            return SPLIT_MODEL, ()
+        try:
+            self.make_replay()
+        except ReplayError as error:
+            return str(error), self.identify_modalities()
+        return "", self.identify_modalities()
 
     def find_attention(self, direction: Direction, queries: int | None, keys: int) -> AttentionPlace | None:
         """Where a direction of the first layer is computed behind the modalities; None where that is not known.

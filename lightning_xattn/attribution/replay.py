@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from copy import copy
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_xattn.attribution.known_outputs import KnownOutputs
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
 from lightning_xattn.attribution.ports import Column, Key, Place
 from lightning_xattn.attribution.root import ReplayError, Root
 from lightning_xattn.capture.attention_mode import AttentionMode
-from lightning_xattn.capture.calls import find_tensors, replace_item, samples_axis, take_samples
+from lightning_xattn.capture.calls import Call, copy_tensors, find_tensors, replace_item, samples_axis, take_samples
 from lightning_xattn.capture.events import Edit, Event, RecordLevel
 
 MAX_ROWS = 64
@@ -51,6 +53,14 @@ class AttentionPlace:
 
 EditRows = Callable[[Tensor], Edit]
 """Gets the indices ``(rows,)`` of the samples that are replayed in one call, and gives what to change of theirs."""
+
+
+class _Samples(NamedTuple):
+    """What is run for some samples, see ``Root.run``."""
+
+    call: Call
+    patch: dict[Place, Tensor]
+    templates: dict[Key, object] | None
 
 
 class Replay:
@@ -136,39 +146,97 @@ class Replay:
         ReplayError
             If it does not run, or gives no output, or there is not one such attention.
         """
-        samples, parts = len(next(iter(values.values()))), []
-        with self._root.restoring():
-            for start in range(0, samples, self.rows):
-                rows = torch.arange(start, min(start + self.rows, samples))
-                count = len(rows)
-                if self._exactly:  # repeats of the last
-                    rows = torch.cat([rows, rows[-1:].expand(self.rows - count)])
-                chosen = {key: one.index_select(0, rows.to(one.device)).to(self.device) for key, one in values.items()}
-                with _editing(place, edit, rows):
-                    parts.append(self._run(chosen, len(rows))[:count])
+        parts = []
+        with self._root.restoring_once():
+            for rows in self._chunks(values):
+                parts.append(self._run(self._take(values, rows), rows, place, edit))
         return ModelOutput.joined(parts)
 
-    def _run(self, chosen: Values, count: int) -> ModelOutput:
-        root = self._root
-        patch = {place: chosen[column].movedim(0, place.axis).contiguous() for column, place in self._columns.items()}
-        templates, call = self._templates, root.call
-        if not self._exactly:
-            rows = torch.arange(count) % root.samples
-            call = root.part(rows, {place.where: one for place, one in patch.items() if place.kind == "input"})
-            templates = self._cut_templates(rows)
-        predictions, _, _ = root.run(call, patch, templates if self.skips else None)
-        output = root.read_output(predictions)
+    def run_edits(self, values: Values, place: AttentionPlace, edits: Sequence[EditRows]) -> list[ModelOutput]:
+        """The model's outputs for the same samples with each of several changes of an attention.
+
+        What comes before the attention, or beside it, runs once for all, unless a whole run then gives other outputs.
+
+        Parameters
+        ----------
+        values, place
+            As `__call__` takes them.
+        edits
+            What to change of the attention, each by itself.
+
+        Raises
+        ------
+        ReplayError
+            As `__call__`.
+        """
+        if len(edits) > 2 and not self._root.changes_state:
+            with suppress(ReplayError), self._root.restoring_once():
+                return self._run_skipping(values, place, edits)
+        return [self(values, place, edit) for edit in edits]
+
+    def _run_skipping(self, values: Values, place: AttentionPlace, edits: Sequence[EditRows]) -> list[ModelOutput]:
+        parts: list[list[ModelOutput]] = [[] for _ in edits]
+        for rows in self._chunks(values):
+            samples, known = self._take(values, rows), KnownOutputs(self._root.model, place.module)
+            for part, edit in zip(parts, edits, strict=True):
+                part.append(self._run(samples, rows, place, edit, known))
+            if not int(rows[0]):  # what the model does to known tensors in place shows in the last run
+                whole = self._run(self._take(values, rows), rows, place, edits[-1])
+                if not are_same_outputs(whole, parts[-1][0], self.precision):
+                    raise ReplayError("it gives other outputs where known ones are skipped")
+        return list(map(ModelOutput.joined, parts))
+
+    def restoring_once(self) -> AbstractContextManager[None]:
+        """See ``Root.restoring_once``."""
+        return self._root.restoring_once()
+
+    def _chunks(self, values: Values) -> Iterator[Tensor]:
+        """The indices of samples that are run together."""
+        yield from torch.arange(len(next(iter(values.values())))).split(self.rows)
+
+    def _take(self, values: Values, rows: Tensor) -> _Samples:
+        """What is run for some samples; copies, which the model may change in place."""
+        root, first = self._root, int(rows[0])
+        chosen = {column: values[column][first : first + len(rows)].to(self.device) for column in self._columns}
+        if self._exactly and len(rows) < self.rows:  # repeats of the last
+            more = self.rows - len(rows)
+            chosen = {column: torch.cat([one, one[-1:].expand(more, *one.shape[1:])]) for column, one in chosen.items()}
+        patch = {
+            place: chosen[column].movedim(0, place.axis).clone(memory_format=torch.contiguous_format)
+            for column, place in self._columns.items()
+        }
+        if self._exactly:
+            return _Samples(root.call, patch, self._templates if self.skips else None)
+        own = torch.arange(len(rows)) % root.samples
+        call = root.part(own, {place.where: one for place, one in patch.items() if place.kind == "input"})
+        return _Samples(call, patch, self._cut_templates(own) if self.skips else None)
+
+    def _run(
+        self,
+        samples: _Samples,
+        rows: Tensor,
+        place: AttentionPlace | None = None,
+        edit: EditRows | None = None,
+        known: KnownOutputs | None = None,
+    ) -> ModelOutput:
+        root, count = self._root, self.rows if self._exactly else len(rows)
+        if count > len(rows):
+            rows = torch.cat([rows, rows[-1:].expand(count - len(rows))])
+        with root.restoring(), _editing(place, edit, rows):
+            predictions, _, _ = root.run(samples.call, samples.patch, samples.templates, known=known)
+            output = root.read_output(predictions)
         if len(output.values) != count:
             raise ReplayError(f"it gives {len(output.values)} predictions for {count} samples")
         return output.cpu()
 
     def _cut_templates(self, rows: Tensor) -> dict[Key, object]:
-        """What calls return, with as many samples."""
+        """What calls return besides what is exchanged, with as many samples."""
         cut = dict(self._templates)
+        exchanged = {(place.key, place.where) for place in self._columns.values() if place.kind == "output"}
         for key, output in self._templates.items():
             for path, tensor in find_tensors(output):
                 axis = samples_axis(tensor, self._root.samples)
-                if axis is not None:
+                if axis is not None and (key, path) not in exchanged:
                     cut[key] = replace_item(cut[key], path, take_samples(tensor, axis, rows))
         return cut
 
@@ -196,18 +264,20 @@ class Replay:
             As `__call__`, or if no gradient reaches the weights.
         """
         with torch.inference_mode(False):
-            again, slopes = self._passing_gradients, []
-            with again._root.keeping_state():
+            slopes = []
+            with self._root.keeping_state():
+                again = self._passing_gradients()
                 for rows in torch.arange(len(classes)).split(again.rows):
                     own = {key: one.index_select(0, rows.to(one.device)).clone() for key, one in values.items()}
                     slopes.append(again._compute_slopes(own, place, classes[rows]))
         return torch.cat(slopes)
 
-    @cached_property
     def _passing_gradients(self) -> Replay:
         """The same of copies, as what comes from the step may be inference tensors, which no gradient can pass."""
-        call = self._root.call
-        return Replay(replace(self._root, call=call.copied(dict(call.tensors())), _state=None), self._columns)
+        again, call = copy(self), self._root.call
+        again._root = self._root.of_copies(call.copied(dict(call.tensors())))
+        again._templates = {key: copy_tensors(output) for key, output in self._templates.items()}
+        return again
 
     def _compute_slopes(self, values: Values, place: AttentionPlace, classes: Tensor) -> Tensor:
         scales: list[Tensor] = []

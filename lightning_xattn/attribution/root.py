@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_xattn.attribution.known_outputs import KnownOutputs
 from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput
 from lightning_xattn.attribution.ports import Column, Key, Place
 from lightning_xattn.attribution.state import HOOKS, ModelState, torch_generators
@@ -82,6 +83,8 @@ class Root:
         Where the predictions are, and what their tensor means.
     path, turn
         The path of the module that is called, and the number of the call in the step, from 0 on; None: the step is.
+    changes_state
+        Whether a run was seen to change the model's state, so that it is put back between any two runs.
     """
 
     model: nn.Module
@@ -95,7 +98,10 @@ class Root:
     path: str | None
     turn: int = 0
     with_hooks: bool = False
+    changes_state: bool = False
     _state: ModelState | None = None
+    _shares_state: bool = False
+    _is_restoring: bool = False
 
     def __post_init__(self) -> None:
         self.axes = {path: samples_axis(leaf, self.samples) for path, leaf in self.call.leaves()}
@@ -111,6 +117,21 @@ class Root:
             if axis is not None and path not in (others or {})
         }
         return self.call.replaced(values | dict(others or {}))
+
+    @contextmanager
+    def sharing_state(self) -> Iterator[None]:
+        """Let all ``keeping_state`` in the block share one copy of the state, made by the first of them.
+
+        Nothing else runs the model in the block, or changes it.
+        """
+        if self._shares_state:
+            yield
+            return
+        self._shares_state = True
+        try:
+            yield
+        finally:
+            self._shares_state, self._state = False, None
 
     @contextmanager
     def keeping_state(self) -> Iterator[None]:
@@ -131,25 +152,46 @@ class Root:
         try:
             yield
         finally:
-            self._state = None
+            if not self._shares_state:
+                self._state = None
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
         """Put the model's state back at the end of the block, which runs under the conditions of the step.
+
+        In another such block only torch's random generators begin again, as they do for each run.
 
         Raises
         ------
         ReplayError
             If it cannot be kept or put back.
         """
+        if self._is_restoring:
+            begin_generators(self.generators)
+            yield
+            return
         with self.keeping_state():
             assert self._state is not None
+            state = restoring_state(self._state, self.with_hooks, self.generators, self.model)
+            self._is_restoring = True
             try:
-                state = restoring_state(self._state, self.with_hooks, self.generators, self.model)
                 with state, self.precision.entered():
                     yield
             except RuntimeError as error:
                 raise ReplayError(str(error)) from error
+            finally:
+                self._is_restoring = False
+                self.changes_state |= self._state.has_changed
+
+    def of_copies(self, call: Call) -> Root:
+        """The same of a copy of its call, inside of ``keeping_state``: with the same state, which it restores, too."""
+        assert self._state is not None
+        self._state.add(call.args, call.kwargs)
+        return replace(self, call=call)
+
+    def restoring_once(self) -> AbstractContextManager[None]:
+        """Put the model's state back at the end of several runs; after each where a run is known to change it."""
+        return nullcontext() if self.changes_state else self.restoring()
 
     def run(
         self,
@@ -158,6 +200,7 @@ class Root:
         templates: Mapping[Key, Any] | None = None,
         capture: Collection[Key] | None = (),
         flow: Dataflow | None = None,
+        known: KnownOutputs | None = None,
     ) -> tuple[Tensor, dict[Key, Any], dict[Key, Call]]:
         """Run once; inside of ``restoring``.
 
@@ -173,6 +216,8 @@ class Root:
             The calls whose outputs and arguments are kept; None: all.
         flow
             Notes which labels reach what.
+        known
+            The outputs of calls in earlier runs of the same samples, which need not run again.
 
         Returns
         -------
@@ -207,6 +252,8 @@ class Root:
             given = held["output"].get(key, {})
             if given and templates is not None:
                 output = templates.get(key)
+            elif known is not None and not given and module in known.paths:
+                output = known.run(key, forward, own)
             elif given or flow is None:
                 output = forward(*own.args, **own.kwargs)
             else:
@@ -224,7 +271,8 @@ class Root:
         if flow is None and capture is not None:
             needed = {path for path, _ in (*held["argument"], *held["output"], *capture)}
             needed |= {place.path} if place.kind in ("call", "callable") else set()
-            paths = {get_module(self.model, path): path for path in needed}
+            paths = {} if known is None else dict(known.paths)
+            paths |= {get_module(self.model, path): path for path in needed}
         else:
             paths = {module: path for path, module in walk_modules(self.model)}
         with ExitStack() as changes:
@@ -324,16 +372,16 @@ def restoring_state(
             if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import is slow
                 contexts.enter_context(run_uncompiled())
             state.set_gradients_aside()
-            for generator, begin in zip(torch_generators(), generators, strict=False):
-                generator.set_state(begin)
+            begin_generators(generators)
             contexts.enter_context(_mute_loggers(model))
             for book, _ in () if with_hooks else everywhere:
                 book.clear()
             for one in state.modules:
-                if not with_hooks:
-                    vars(one).update({name: OrderedDict() for name in HOOKS})
+                changed = dict[str, Any]() if with_hooks else {name: OrderedDict() for name in HOOKS}
                 if hasattr(one, "log_dict") and hasattr(one, "log"):
-                    vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
+                    changed |= dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
+                contexts.callback(_put_attributes, one, {name: vars(one).get(name, _ABSENT) for name in changed})
+                vars(one).update(changed)
             yield
     except Exception:  # an error of the restoring replaces it, as the state is then not whole
         raise
@@ -346,6 +394,24 @@ def restoring_state(
             book.update(before)
         with suppress(*[RuntimeError] * is_interrupted):
             state.restore()
+
+
+_ABSENT = object()
+
+
+def _put_attributes(one: Any, before: Mapping[str, Any]) -> None:
+    """Put back what an object had in its ``__dict__``: what is left to restore is what a run has changed."""
+    for name, value in before.items():
+        if value is _ABSENT:
+            vars(one).pop(name, None)
+        else:
+            vars(one)[name] = value
+
+
+def begin_generators(states: Sequence[Tensor]) -> None:
+    """Let torch's random generators begin in these states."""
+    for generator, begin in zip(torch_generators(), states, strict=False):
+        generator.set_state(begin)
 
 
 @contextmanager

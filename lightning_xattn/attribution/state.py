@@ -79,10 +79,19 @@ class ModelState:
     ----------
     roots
         Where to begin, such as a model and the batch that it gets.
+
+    Attributes
+    ----------
+    has_changed
+        Whether ``restore`` ever found something changed, besides random generators and gradients.
     """
 
     def __init__(self, *roots: Any) -> None:
-        self._restores: list[Callable[[], None]] = []
+        self.has_changed = False
+        # Each gives True if something had changed.
+        self._restores: list[Callable[[], object]] = []
+        # By id a class, and whether its objects are leaves: a class of the user's may have no hash.
+        self._leaves: dict[int, tuple[type, bool]] = {}
         # Keeps what was seen alive, so that no id is used twice.
         self._seen: dict[int, Any] = {}
         # Each storage, with the tensors that look at it.
@@ -92,13 +101,21 @@ class ModelState:
         self._apart: set[int] = set()
         self._modules: list[nn.Module] = []
         of_process = (random.getstate.__self__, np.random.get_state.__self__)  # type: ignore[attr-defined]  # methods
-        waiting: list[Any] = [*roots, *of_process, *torch_generators()]
+        self.add(*roots, *of_process, *torch_generators())
+
+    def add(self, *roots: Any) -> None:
+        """Keep what can be reached from further objects, as it is now."""
+        waiting: list[Any] = list(roots)
+        self._storages.clear()
         with torch._C.DisableTorchFunction():
             while waiting:
                 one = waiting.pop()
-                if not _is_leaf(type(one)) and id(one) not in self._seen:
+                kind = type(one)
+                if id(kind) not in self._leaves:
+                    self._leaves[id(kind)] = kind, _is_leaf(kind)
+                if not self._leaves[id(kind)][1] and id(one) not in self._seen:
                     self._seen[id(one)] = one
-                    waiting += self._keep(one, type(one))
+                    waiting += self._keep(one, kind)
             for storage, tensors in self._storages.values():
                 self._keep_numbers(storage, tensors)
 
@@ -125,7 +142,7 @@ class ModelState:
         with torch._C.DisableTorchFunction():
             for restore in self._restores:
                 try:
-                    restore()
+                    self.has_changed |= restore() is True
                 except Exception as error:  # an object of the user's may refuse anything
                     problems.append(repr(error))
         if problems:
@@ -133,6 +150,8 @@ class ModelState:
 
     def _keep(self, one: Any, kind: Any) -> Iterable[Any]:
         """Keep one object; gives what can be reached from it."""
+        if kind is FunctionType:  # half of all are
+            return self._keep_function(one)
         if issubclass(kind, Tensor):
             return self._keep_tensor(one)
         if issubclass(kind, np.ndarray):
@@ -144,8 +163,6 @@ class ModelState:
                 return ()
         if issubclass(kind, type):
             return self._keep_class(one)
-        if issubclass(kind, FunctionType):
-            return self._keep_function(one)
         if issubclass(kind, (MethodType, BuiltinFunctionType)):  # such as a list's append
             return one.__self__, getattr(one, "__func__", None)
         if issubclass(kind, weakref.ref):
@@ -160,7 +177,7 @@ class ModelState:
             elsewhere = [*one.parameters(recurse=False), *one.buffers(recurse=False)]
             return [*elsewhere, *self._keep_attributes(one, kind)]
         if issubclass(kind, (bytearray, array.array)):
-            self._restores.append(functools.partial(operator.setitem, one, slice(None), one[:]))
+            self._keep_bytes(one)
         if not issubclass(kind, _CONTAINERS) and _is_service(one, self._apart):
             return ()
         return [*self._keep_items(one, kind), *self._keep_attributes(one, kind)]
@@ -169,13 +186,26 @@ class ModelState:
         """Keep which objects ``read`` gives, for ``write`` to put back where it gives others; gives these objects."""
         kept = tuple(read())
 
-        def restore() -> None:
+        def restore() -> bool:
             now = tuple(read())
-            if len(now) != len(kept) or not all(map(operator.is_, now, kept)):
+            has_changed = len(now) != len(kept) or not all(map(operator.is_, now, kept))
+            if has_changed:
                 write(kept)
+            return has_changed
 
         self._restores.append(restore)
         return kept
+
+    def _keep_bytes(self, one: Any) -> None:
+        """The numbers of a ``bytearray`` or an ``array``."""
+        kept = one[:]
+
+        def restore() -> bool:
+            has_changed: bool = one != kept
+            one[:] = kept
+            return has_changed
+
+        self._restores.append(restore)
 
     def _keep_items(self, one: Any, kind: Any) -> tuple[Any, ...]:
         """What a container holds. A user's class may have other methods: they are passed by."""
@@ -281,13 +311,16 @@ class ModelState:
         """The values of an array, its shape, and the attributes of a subclass, such as a masked array."""
         kept, shape = values.view(np.ndarray).copy(), values.shape
 
-        def restore() -> None:
-            if values.shape != shape:
+        def restore() -> bool:
+            has_changed = values.shape != shape
+            if has_changed:
                 values.shape = shape
             now = values.view(np.ndarray)
             if now.dtype.hasobject or now.tobytes() != kept.tobytes():
                 now.flags.writeable = True  # else it could not have changed
                 np.copyto(now, kept)
+                has_changed = True
+            return has_changed
 
         if not isinstance(values, np.memmap) and not isinstance(values.base, np.memmap):  # those are files
             self._restores.append(restore)
@@ -304,17 +337,23 @@ class ModelState:
         alias = tensor.detach() if is_dense else tensor.detach().clone()
         takes, gradient = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
 
-        def restore() -> None:
-            with torch.inference_mode(alias.is_inference()), torch.no_grad():
-                if not is_dense:
-                    tensor.copy_(alias)
-                elif _layout(tensor) != _layout(alias):
-                    tensor.data = alias
+        layout = _layout(alias) if is_dense else ()
+
+        def restore() -> bool:
+            has_changed = not is_dense or _layout(tensor) != layout
+            if has_changed:
+                with torch.inference_mode(alias.is_inference()), torch.no_grad():
+                    if is_dense:
+                        tensor.data = alias
+                    else:
+                        tensor.copy_(alias)
             if tensor.is_leaf:
                 if tensor.requires_grad != takes:
                     tensor.requires_grad_(takes)
+                    has_changed = True
                 if tensor.grad is not gradient:
                     tensor.grad = gradient
+            return has_changed
 
         self._restores.append(restore)
         if tensor.is_leaf:
@@ -332,15 +371,17 @@ class ModelState:
         high = min(-(-max(stop for _, stop in spans) // 8) * 8, size)
         kept = _bytes_of(storage, low, high).clone()
 
-        def restore() -> None:
+        def restore() -> bool:
             if storage.nbytes() != size:
                 storage.resize_(size)
             now = _bytes_of(storage, low, high)
-            if not now.equal(kept):
+            has_changed = not now.equal(kept)
+            if has_changed:
                 now.copy_(kept)
                 for tensor in tensors:
                     if not tensor.is_inference():  # else a gradient could be computed from them that is wrong
                         increment_version(tensor)
+            return has_changed
 
         self._restores.append(restore)
 

@@ -144,7 +144,7 @@ class EpochLog:
             first = next(iter(shown.summaries.values()), None)
             ever_tests = self.schedule.ever_tests_attention(self.trainer)
             tested = tuple(first.heads) if first is not None and ever_tests else ()
-            permutes = self.settings.contribution_samples > 0
+            permutes = self.settings.permuted_samples > 0
             curves = fusion_curves(shown.fusion, scope, classes, bool(shown.summaries), permutes, tested)
             by_scope.append((scope, curves))
             of_fusion = fusion_record(whole.fusion, scope, curves)

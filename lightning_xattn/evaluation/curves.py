@@ -241,10 +241,13 @@ def _contribution_numbers(
         for name in names:
             yield f"contribution/size/{name}", summary.size(name).mean if known else math.nan
         return
-    subsets = _subsets(class_names)
+    undefined = dict.fromkeys(names, math.nan)
+    by_samples = {
+        which: summary.shares(*samples) if known else undefined for which, samples in _subsets(class_names).items()
+    }
     for name in names:
         yield f"contribution/{name}", mean(f"phi/{name}")
-        shares = {which: summary.share(name, *subset).mean if known else math.nan for which, subset in subsets.items()}
+        shares = {which: of_names[name] for which, of_names in by_samples.items()}
         yield f"contribution/share/{name}", shares.pop("all")
         yield from ((f"contribution/share/{name}/{which}", share) for which, share in shares.items())
         yield f"contribution/share/{name}/gap", shares["correct"] - shares["incorrect"]

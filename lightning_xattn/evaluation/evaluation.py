@@ -166,7 +166,7 @@ class Evaluation:
 
     def reset(self) -> None:
         """Empty the sums; what the first batch decided stays."""
-        samples, permuted = self._settings.max_samples, self._settings.contribution_samples
+        samples, permuted = self._settings.max_samples, self._settings.permuted_samples
         self.totals = Totals(KeptSamples(BottomKSample(samples), BottomKSample(permuted)), BottomKSample(CELLS))
         self._accumulators: dict[str, LayerAccumulator] = {}
         self.has_dropped, self.seen = False, 0
@@ -346,6 +346,7 @@ class Evaluation:
         parts: Sequence[Totals] | None = None,
         partners: int | None = PARTNERS,
         saved: SavedProbes | None = None,
+        permuted: int | None = None,
     ) -> DatasetResult:
         """The summaries of each layer and of the fusion.
 
@@ -363,6 +364,8 @@ class Evaluation:
             With how many others each sample is permuted; None: with all.
         saved
             Probes of an earlier evaluation that read the samples; None: probes are fitted on them.
+        permuted
+            How many of the samples that are kept for it are permuted, at most; None: all.
         """
         parts = [self.own_totals()] if parts is None else parts
         several = any(part.has_several_labels for part in parts)
@@ -379,6 +382,8 @@ class Evaluation:
             chosen, empty = max(names), KeptSamples(BottomKSample(1), BottomKSample(1))
             parts = [part if part.kept.modalities == chosen else replace(part, kept=empty) for part in parts]
         self.totals = totals = reduce(add, parts)
+        sample = totals.kept.permuted
+        sample.size = sample.size if permuted is None else min(sample.size, permuted)
         self.classes = totals.classes
         if not totals.recording_problem:
             problems = [part.recording_problem for part in parts if part.recording_problem]
@@ -397,12 +402,13 @@ class Evaluation:
     def _summarise_fusion(
         self, fusion: ModalityRecorder, tests_attention: bool, partners: int | None, saved: SavedProbes | None
     ) -> FusionSummary:
-        size, kept = self._settings.contribution_samples, self.totals.kept
-        problem = self.totals.replay_problem if size else "contribution_samples is 0"
-        found = problem or compute_contributions(kept, fusion, partners)
-        # Where the intact samples' outputs do not come back, there is nothing to compare with.
-        tests_attention &= isinstance(found, Contributions)
-        replaced = replace_keys(kept, fusion) if tests_attention else {}
+        kept = self.totals.kept
+        problem = self.totals.replay_problem if self._settings.permuted_samples else "contribution_samples is 0"
+        with fusion.sharing_state():
+            found = problem or compute_contributions(kept, fusion, partners)
+            # Where the intact samples' outputs do not come back, there is nothing to compare with.
+            tests_attention &= isinstance(found, Contributions)
+            replaced = replace_keys(kept, fusion) if tests_attention else {}
         sources = tuple(map(str, fusion.modalities))
         if saved is not None:
             saved.require_sources(sources)
@@ -423,11 +429,16 @@ def _or_default(values: Tensor | None, default: float, batch: BatchResult) -> Te
 
 
 def summarise_all(
-    evaluations: Mapping[int, Evaluation], recorder: StepRecorder, processes: Processes, tests_attention: bool
+    evaluations: Mapping[int, Evaluation],
+    recorder: StepRecorder,
+    processes: Processes,
+    tests_attention: bool,
+    permuted: int | None = None,
 ) -> Iterator[tuple[int, DatasetResult]]:
     """Each dataloader with its result over all processes, in the same order on each of them.
 
-    A collective, and for each dataloader those of `Evaluation.summarise`, which every process must reach.
+    A collective for all sums, and for each dataloader those of `Evaluation.summarise`, which every process must reach:
+    one for its contributions, and one where the attention is tested.
 
     Parameters
     ----------
@@ -439,8 +450,16 @@ def summarise_all(
         Those that run the model.
     tests_attention
         Whether keys are replaced to test how well the attention ranks them.
+    permuted
+        As `Evaluation.summarise` takes it.
     """
-    several = processes.gather({number: evaluation.own_totals() for number, evaluation in evaluations.items()})
-    for number in sorted({number for parts in several for number in parts}):
-        of_number = [parts[number] for parts in several if number in parts]
-        yield number, evaluations[number].summarise(recorder, tests_attention, of_number)
+    own, fusion = {number: evaluation.own_totals() for number, evaluation in evaluations.items()}, recorder.fusion
+    with fusion.sharing_state():
+        may_replay = not any(totals.replay_problem for totals in own.values())
+        gathered = processes.gather((own, fusion.find_readiness() if may_replay else None))
+        ready = [readiness for _, readiness in gathered if readiness is not None]
+        fusion.readiness = ready if len(ready) == len(gathered) else None
+        several = [parts for parts, _ in gathered]
+        for number in sorted({number for parts in several for number in parts}):
+            of_number = [parts[number] for parts in several if number in parts]
+            yield number, evaluations[number].summarise(recorder, tests_attention, of_number, permuted=permuted)

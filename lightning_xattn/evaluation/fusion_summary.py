@@ -399,13 +399,23 @@ class FusionSummary:
 
         NaN where the sum of all contributions is not clearly above 0, and for a regression.
         """
-        phi = torch.stack([self.numbers[f"phi/{name}"] for name in self.modalities], dim=1)
-        chosen = self.chosen(class_id, outcome) & phi.isfinite().all(1)
-        nothing = self.is_regression or self._estimate(phi.sum(1), chosen).low <= 0
-        share = (
-            math.nan if nothing else float(functional.contribution_shares(phi[chosen])[self.modalities.index(modality)])
-        )
+        phi, chosen = self._contributions(class_id, outcome)
+        share = self._shares(phi, chosen)[modality]
         return self._ratio(share, phi[:, self.modalities.index(modality)], phi.sum(1), chosen)
+
+    def shares(self, class_id: int | None = None, outcome: int | None = None) -> dict[str, float]:
+        """The shares of all modalities without their intervals, see `share`."""
+        return self._shares(*self._contributions(class_id, outcome))
+
+    def _contributions(self, class_id: int | None, outcome: int | None) -> tuple[Tensor, Tensor]:
+        """``(samples, modalities)``, and which samples of a class and an outcome have them."""
+        phi = torch.stack([self.numbers[f"phi/{name}"] for name in self.modalities], dim=1)
+        return phi, self.chosen(class_id, outcome) & phi.isfinite().all(1)
+
+    def _shares(self, phi: Tensor, chosen: Tensor) -> dict[str, float]:
+        if self.is_regression or self._estimate(phi.sum(1), chosen).low <= 0:
+            return dict.fromkeys(self.modalities, math.nan)
+        return dict(zip(self.modalities, functional.contribution_shares(phi[chosen]).tolist(), strict=True))
 
     def size(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
         """The mean absolute contribution of a modality: by how much it moves the output."""
@@ -448,15 +458,18 @@ class FusionSummary:
 
     def _estimate(self, values: Tensor, chosen: Tensor, is_proportion: bool = False) -> Estimate:
         chosen = chosen & values.isfinite()
-        values, count = values[chosen], int(chosen.sum())
+        values = values[chosen]
+        count = len(values)
         mean = float(values.mean()) if count else math.nan
-        index, known = torch.arange(count), count  # where groups are not known each sample is one
+        if self.group_noun is None and (count < MINIMUM_GROUP or not is_proportion):  # each sample is a group
+            spread = float(values.std()) if count >= MINIMUM_GROUP else math.nan
+            return Estimate(mean, *functional.mean_interval(mean, spread, count), count)
+        index, groups = torch.arange(count), None
         if self.group_noun is not None:
             ids, index = self.groups[chosen].unique(return_inverse=True)
-            known = int((ids != UNKNOWN_GROUP).sum())
-        groups = None if self.group_noun is None else known
+            groups = int((ids != UNKNOWN_GROUP).sum())
         # Samples of unknown groups widen the interval as one group, but do not count towards the minimum of groups.
-        if known < MINIMUM_GROUP:
+        if groups is not None and groups < MINIMUM_GROUP:
             return Estimate(mean, math.nan, math.nan, count, groups)
         counts = index.bincount().double()
         sums = torch.zeros_like(counts).index_add(0, index, values)

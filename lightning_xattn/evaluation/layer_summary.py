@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,6 +86,9 @@ class LayerSummary:
 
     def __init__(self, sums: LayerAccumulator) -> None:
         self._sums = sums = sums.cpu()
+        # By class and outcome, of all numbers at once: an epoch asks for hundreds.
+        self._totals: dict[tuple[int | None, int | None], np.ndarray] = {}
+        self._comparisons: dict[Column, Comparison] = {}
         self._places = {column: place for place, column in enumerate(sums.columns)}
         self._grouped = {column: place for place, column in enumerate(sums.grouped_columns)}
         self._entropies = {column: place for place, column in enumerate(sums.entropy_columns)}
@@ -158,14 +162,14 @@ class LayerSummary:
     def mean(self, column: Column, class_id: int | None = None, outcome: int | None = None) -> float:
         """Mean over the samples where it is defined; NaN without any."""
         count, total, _ = self._moments(column, class_id, outcome)
-        return float(total / count)
+        return float(total / count) if count else math.nan
 
     def std(self, column: Column, class_id: int | None = None, outcome: int | None = None) -> float:
         """Standard deviation with n - 1; NaN with fewer than two samples."""
         count, total, squares = self._moments(column, class_id, outcome)
         if count < 2:
-            return torch.nan
-        return float(((squares - total**2 / count).clamp_min(0) / (count - 1)).sqrt())
+            return math.nan
+        return float(math.sqrt(max(squares - total**2 / count, 0.0) / (count - 1)))
 
     def interval(self, column: Column, class_id: int | None = None, outcome: int | None = None) -> tuple[float, float]:
         """95 % CI of the mean, by groups where they are known: `grouped_mean_interval`, else `mean_interval`.
@@ -205,6 +209,11 @@ class LayerSummary:
 
     def compare(self, score: Column) -> Comparison:
         """Does a score of ``SCORES`` detect errors? By groups where they are known, see `separation`."""
+        if score not in self._comparisons:
+            self._comparisons[score] = self._compare(score)
+        return self._comparisons[score]
+
+    def _compare(self, score: Column) -> Comparison:
         keys, counts = self._sums.scores_by_group.keys, self._sums.scores_by_group.sums
         counts = counts[:, None] * (keys[:, 1:2] == torch.tensor([CORRECT, INCORRECT]))
         chosen = (keys[:, 2] == list(SCORES).index(score)) & (counts.sum(1) > 0)
@@ -220,26 +229,29 @@ class LayerSummary:
         """Share of samples without an alignment, or without an entropy where only one direction is recorded."""
         return 1 - self.count(headline(self.columns)) / self.samples if self.samples else torch.nan
 
-    def _moments(self, column: Column, class_id: int | None, outcome: int | None) -> Tensor:
+    def _moments(self, column: Column, class_id: int | None, outcome: int | None) -> np.ndarray:
+        """Count, sum and sum of squares."""
         if column not in self._places:
             known = ", ".join(map(str, self.columns))
             raise KeyError(f"Expected a Column, as Column.parse('alignment') is, of {known}; got {column!r}.")
         if column.head is not None:
             return self._head_moments(column, class_id, outcome)
-        selected: Tensor = self.moments[:, :, self._grouped[column]]
-        selected = selected if class_id is None else selected[class_id : class_id + 1]
-        selected = selected if outcome is None else selected[:, outcome : outcome + 1]
-        return selected.sum((0, 1))
+        samples = class_id, outcome
+        if samples not in self._totals:
+            classes, outcomes = (slice(None) if one is None else slice(one, one + 1) for one in samples)
+            self._totals[samples] = self.moments.numpy()[classes, outcomes].sum((0, 1))
+        found: np.ndarray = self._totals[samples][self._grouped[column]]
+        return found
 
-    def _head_moments(self, column: Column, class_id: int | None, outcome: int | None) -> Tensor:
+    def _head_moments(self, column: Column, class_id: int | None, outcome: int | None) -> np.ndarray:
         """As ``_moments``; of single heads there is the entropy by class, without squares, and all else in total."""
         if class_id is None and outcome is None:
-            return self._sums.totals[self._places[column]]
+            return self._sums.totals[self._places[column]].numpy()
         if outcome is not None or column not in self._entropies:
             raise KeyError(f"Of single heads there are sums of all samples, and of entropy by class; got {column}.")
         by_class = self._sums.head_entropies
-        count, total = by_class.sums[by_class.keys[:, 0] == class_id, self._entropies[column]].sum(0)
-        return torch.stack([count, total, torch.full_like(count, torch.nan)])
+        count, total = by_class.sums[by_class.keys[:, 0] == class_id, self._entropies[column]].sum(0).tolist()
+        return np.array([count, total, math.nan])
 
     def _by_group(self, column: Column, class_id: int | None = None, outcome: int | None = None) -> KeyedSums:
         """By group ``(2,)``: how many of its samples of a class and an outcome have a number, and its sum."""

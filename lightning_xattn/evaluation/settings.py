@@ -42,7 +42,7 @@ class Settings:
     present: Mapping[str, LabelSetting] | None = None
     fusion: str | None = None
     modalities: ModalitiesSetting | None = None
-    contribution_samples: int = CONTRIBUTION_SAMPLES
+    contribution_samples: int | None = None
     max_samples: int = MAX_SAMPLES
     table: str | Path | None = None
     """Stored as a string, so that a ``Path`` and a string give the same state key."""
@@ -61,14 +61,15 @@ class Settings:
         if self.table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         check_modalities(self.fusion, self.modalities)
-        check_whole_number("contribution_samples", self.contribution_samples, 0)
+        if self.contribution_samples is not None:
+            check_whole_number("contribution_samples", self.contribution_samples, 0)
         check_whole_number("max_samples", self.max_samples)
         if self.contribution_samples == 1:
             raise SettingError(
                 "contribution_samples must be 0 (no contributions) or at least 2, as modalities are permuted between "
                 "samples; got 1."
             )
-        if self.max_samples < self.contribution_samples:
+        if self.contribution_samples is not None and self.max_samples < self.contribution_samples:
             fewer = self.max_samples if self.max_samples > 1 else 0
             raise SettingError(
                 f"max_samples must be at least contribution_samples, {self.contribution_samples}, which are taken from "
@@ -76,6 +77,13 @@ class Settings:
             )
         object.__setattr__(self, "table", None if self.table is None else str(self.table))
         self.finder()  # checks the settings of the labels
+
+    @property
+    def permuted_samples(self) -> int:
+        """How many samples are kept to be permuted at an evaluation's end; 0: none are."""
+        if self.contribution_samples is None:
+            return min(CONTRIBUTION_SAMPLES, self.max_samples)
+        return self.contribution_samples
 
     def finder(self) -> LabelFinder:
         """What finds the labels of an evaluation's steps."""
@@ -91,5 +99,5 @@ class Settings:
             self.modalities,
             labels,
             processes,
-            replays=self.contribution_samples > 0,
+            replays=self.permuted_samples > 0,
         )

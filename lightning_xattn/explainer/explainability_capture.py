@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES, PARTNERS
+from lightning_xattn.attribution.contribution import PARTNERS
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
 from lightning_xattn.attribution.ports import ModalitiesSetting
 from lightning_xattn.capture import AttentionSetting
@@ -97,7 +97,7 @@ class ExplainabilityCapture:
         present: Mapping[str, LabelSetting] | None = None,
         fusion: str | None = None,
         modalities: ModalitiesSetting | None = None,
-        contribution_samples: int = CONTRIBUTION_SAMPLES,
+        contribution_samples: int | None = None,
         max_samples: int = MAX_SAMPLES,
         num_heads: int | None = None,
         axes: Mapping[str, TokenAxis] | None = None,

@@ -11,6 +11,7 @@ from lightning_xattn.functional.pairs import *
 from lightning_xattn.functional.pooling import *
 from lightning_xattn.functional.probe import *
 from lightning_xattn.functional.ranking import *
+from lightning_xattn.functional.row_collector import Rows
 from lightning_xattn.functional.rows import *
 from lightning_xattn.functional.shapley import *
 from lightning_xattn.functional.support import *
@@ -18,6 +19,7 @@ from lightning_xattn.functional.support import *
 __all__ = [
     "ROW_STATISTICS",
     "AddedValue",
+    "Comparison",
     "Estimate",
     "Game",
     "LayerRows",
@@ -83,6 +85,7 @@ __all__ = [
     "row_statistics",
     "sample_top_pairs",
     "separation",
+    "shannon_entropy",
     "sink",
     "sink_excess",
     "sparsity",

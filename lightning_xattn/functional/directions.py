@@ -17,7 +17,8 @@ from lightning_xattn.core import devices
 from lightning_xattn.core.attention import Attention
 from lightning_xattn.functional.bins import sum_bins
 from lightning_xattn.functional.row_chunks import Buffers, Columns, read_chunks
-from lightning_xattn.functional.rows import RowCollector, Rows, Weights, prepare_rows
+from lightning_xattn.functional.row_collector import RowCollector, Rows
+from lightning_xattn.functional.rows import Weights, prepare_rows
 
 NO_VARIANCE = 1e-6
 """A map whose standard deviation is within this share of its root mean square varies by float32 rounding only."""

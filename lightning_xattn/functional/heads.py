@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.functional.rows import Weights, entropy_of, prepare_rows
+from lightning_xattn.functional.rows import Weights, prepare_rows, shannon_entropy
 
 SINK_QUERIES = 4
 """With fewer valid queries than this no head has a sink."""
@@ -71,7 +71,7 @@ def query_selectivity(weights: Weights, key_mask: Tensor | None = None) -> Tenso
     rows = prepare_rows(weights, key_mask)
     queries, seen = rows.counts, rows.keys_seen
     pooled = rows.received / (queries if isinstance(queries, int) else queries[..., None])
-    excess = entropy_of(pooled) - rows.mean(rows.entropy)
+    excess = shannon_entropy(pooled) - rows.mean(rows.entropy)
     return _where_both((queries, 2), (seen, 2), (excess / _log(seen)).clamp(0, 1))
 
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_xattn.functional.rows import Rows, Weights, prepare_rows
+from lightning_xattn.functional.row_collector import Rows
+from lightning_xattn.functional.rows import Weights, prepare_rows
 
 
 def lift(weights: Weights, key_mask: Tensor | None = None) -> Tensor:

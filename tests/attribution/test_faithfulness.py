@@ -363,6 +363,26 @@ def test_curves_and_how_often(infos):
     )
 
 
+class CountsPermuted(pl.Callback):
+    def __init__(self, watch):
+        self.watch, self.counts = watch, []
+
+    def on_validation_end(self, trainer, module):
+        if not trainer.sanity_checking:
+            self.counts.append(self.watch.fusion_summaries["val"].estimate("phi/left").count)
+
+
+@pytest.mark.parametrize(("chosen", "counts"), [(None, [128, 64, 128, 128]), (100, [100] * 4)])
+def test_an_epoch_of_a_fit_that_tests_no_attention_permutes_fewer_samples(chosen, counts):
+    """A number that is given holds everywhere."""
+    settings = {"faithfulness_every_n_epochs": 2, "figures_every_n_epochs": 0, "contribution_samples": chosen}
+    watch = AttentionExplainabilityCallback(NAMED, sample_ids=sample_ids, **settings)
+    permuted, loader = CountsPermuted(watch), loader_of(marked_data(130))
+    quiet_trainer(callbacks=[watch, permuted], max_epochs=3).fit(Fitted(), loader, loader)
+    quiet_trainer(callbacks=[watch, permuted]).validate(Fitted(), loader, verbose=False)
+    assert permuted.counts == counts
+
+
 def test_the_explainer_always_tests_the_attention():
     explainer = ExplainabilityCapture(
         Gazer(), attention=NAMED, predict=lambda model, batch: model.validation_step(batch, 0), sample_ids=sample_ids

@@ -55,7 +55,10 @@ def test_settings_are_checked_at_once():
         ({"contribution_samples": 1}, "contribution_samples must be 0 .* or at least 2, .*; got 1"),
         ({"contribution_samples": True}, "contribution_samples must be a whole number >= 0; got True"),
         ({"contribution_samples": float("nan")}, "whole number >= 0; got nan"),
-        ({"max_samples": 101}, "at least contribution_samples, 128, .*; got 101. .* contribution_samples=101"),
+        (
+            {"max_samples": 101, "contribution_samples": 128},
+            "at least contribution_samples, 128, .*; got 101. .* contribution_samples=101",
+        ),
         ({"every_n_batches": 2.0}, "every_n_batches must be a whole number >= 1; got 2.0"),
         ({"faithfulness_every_n_epochs": False}, "faithfulness_every_n_epochs must be a whole number >= 0; got False"),
         ({"curves": True}, "curves must be one of main, all; got True"),

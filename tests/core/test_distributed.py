@@ -47,8 +47,8 @@ def assert_same_evaluation(found, alone, ranks, is_tested):
     assert found["by_group"] == pytest.approx(alone["by_group"], abs=1e-6)
     (record,), (merged,) = alone["history"], found["history"]
     assert any(name.startswith("faithfulness/") for name in record) == is_tested
-    # The sums; who can replay, and what they have replayed: for contributions, and to test the attention.
-    assert found["collectives"] == ["all_gather_object"] * (5 if is_tested else 3)
+    # The sums and who can replay; what they have replayed for contributions, and to test the attention.
+    assert found["collectives"] == ["all_gather_object"] * (3 if is_tested else 2)
     assert merged["samples"] == record["samples"]
     assert merged["repeats"] == -record["samples"] % ranks
 
