@@ -19,7 +19,7 @@ from typing import Literal
 
 from lightning_xattn.core.wording import SINGLE_KEY
 from lightning_xattn.evaluation.results import AttentionStatistics, SampleResult
-from lightning_xattn.functional.rows import SPARSITY_THRESHOLD
+from lightning_xattn.functional.row_collector import SPARSITY_THRESHOLD
 from lightning_xattn.report.undefined import NO_ROW, first_layer
 
 FOCUSED = "Pattern 1: focused attention"
