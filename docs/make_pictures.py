@@ -31,12 +31,12 @@ from lightning_xattn.functional import (
     cross_modal_mass,
     entropy,
     head_diversity,
+    prepare_layer,
     prepare_rows,
     query_selectivity,
     ranking_gain,
     separation,
     sink,
-    standardised_maps,
     support,
 )
 from lightning_xattn.functional.outcomes import BINS
@@ -208,9 +208,9 @@ def draw_null(figure_axes: list[list[Axes]]) -> Drawn:
     for axes, scores in zip(figure_axes, own, strict=True):
         there = prepare_rows(Attention(FORWARD, scores.softmax(-1)[:, None]))
         back = prepare_rows(Attention(FORWARD.opposite, scores.transpose(1, 2).softmax(-1)[:, None]))
-        x, y, _ = standardised_maps(there, back)
-        of_samples = alignment(there, back)
-        values.append(float(alignment_null(x.sum(0), y.sum(0), of_samples.sum(), torch.tensor(2))))
+        compared = prepare_layer(there, back).comparison
+        of_samples, sums = compared.alignment, (compared.x.sum(0), compared.y.sum(0))
+        values.append(float(alignment_null(*sums, of_samples.sum(), torch.tensor(2))))
         for number, ax in enumerate(axes):
             draw_map(ax, there.weights[number, 0], "Spec", "" if number else "EEG")
             ax.set_title(f"sample {number + 1}: alignment {of_samples[number]:.2f}", fontsize=9)

@@ -43,6 +43,13 @@ class Comparison:
         ``(batch,)`` the alignment of these maps: ``alignment`` itself unless they are in bins.
     is_whole
         ``(batch,)`` bool: every cell counts, so the maps of different samples can be compared.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
+    >>> compared = prepare_layer(weights, weights).comparison
+    >>> compared.x.tolist(), compared.is_whole
+    ([[[0.5, -0.5], [-0.5, 0.5]]], tensor([True]))
     """
 
     alignment: Tensor

@@ -120,7 +120,8 @@ def list_batch(results: ExplainedBatch | dict[str, Any], pictures: Pictures) -> 
 def _draw_maps(result: DatasetResult, identity: tuple[int, int]) -> Iterator[Picture]:
     for name, values in result.maps.get(identity, {}).items():
         direction = Direction.parse(name)
-        tokens = next(iter(result.summaries.values())).tokens[direction]
+        of_layer = next((one.tokens for one in result.summaries.values()), {})
+        tokens = of_layer.get(direction, values.shape)
         yield _map(direction, values, result.axes, tokens if bin_sizes(*tokens) != (1, 1) else values.shape)
 
 

@@ -66,7 +66,8 @@ def kept(room, order, cut, monkeypatch):
     for rank, chosen in enumerate((order[:cut], order[cut:])):
         sample = BottomKSample(CELLS)
         for number in chosen:
-            rows = SimpleNamespace(direction="a_to_b", weights=torch.full((1, 2, 3 + 3 * (number % 2)), number))
+            lifts = torch.full((1, 2, 3 + 3 * (number % 2)), number)
+            rows = SimpleNamespace(direction="a_to_b", weights=lifts, bin_sizes=(1, 1))
             one = torch.tensor([number])
             add_maps(sample, [rows], one, {"sample_idx": one, "process": torch.tensor([rank])})
         parts.append(sample)

@@ -92,7 +92,7 @@ def test_the_page_of_maps_takes_the_summarys_numbers_of_tokens(monkeypatch):
     assert all(maps[str(direction)] is of_one for direction, of_one in one.maps.items())
     tokens = {"eeg_to_spec": (500, 7), "spec_to_eeg": (7, 500)}
     assert settings == said | {"axes": {"eeg": axes["eeg"]}, "tokens": tokens}
-    assert (of_all, all_names, others["classes_by"]) == ([3], ["all samples"], None)
+    assert (of_all, all_names, others["classes_by"]) == ([6], ["all samples"], None)
     one.maps = {}
     assert attention_figure(one, NAMES, **said) is None
 
