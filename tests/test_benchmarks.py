@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import batch_statistics
+from benchmarks import batch_statistics, memory
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.alternatives import HandWrittenHook, captum_contributions
 from benchmarks.memory import CASES, SETTINGS
@@ -145,3 +145,15 @@ def test_each_case_of_memory_has_its_samples():
         audio, text, target = samples.tensors
         assert (len(audio), audio.shape[1], text.shape[1], batch) == sizes[name]
         assert int(target.max()) < module.head.out_features
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "allowed"),
+    [("long", lambda plain: 1.5 * plain), ("very_long", lambda plain: plain + 1024)],
+)
+def test_long_sequences_take_little_more_memory(monkeypatch, case, allowed):
+    """4 x 4,096 x 2,048 tokens and 4 heads, and 16,384 x 16,384 tokens and one head."""
+    monkeypatch.setattr(memory, "SECONDS", 600)
+    plain, watched = (memory.run(case, settings) for settings in ("plain", "without_figures"))
+    assert watched.peak <= allowed(plain.peak), (plain, watched)

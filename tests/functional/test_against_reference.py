@@ -8,7 +8,7 @@ from scipy.stats import norm
 from lightning_xattn import functional as F
 from lightning_xattn.core.attention import Attention, Direction
 from lightning_xattn.core.errors import SettingError, ShapeError
-from lightning_xattn.evaluation.statistics import score_bins
+from lightning_xattn.evaluation.statistics import sample_statistics, score_bins
 from tests import reference
 from tests.messages import tells
 
@@ -119,6 +119,24 @@ def compare(ours, expected, **tolerance):
 @pytest.fixture(params=CASES)
 def case(request):
     return make_case(request.param)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_are_the_same_where_no_value_is_looked_at(name, monkeypatch):
+    """As on a GPU, which would have to wait for it."""
+    layer = F.prepare_layer(*make_case(name))
+    numbers = sample_statistics(layer)
+    monkeypatch.setattr("lightning_xattn.core.devices.reads_at_once", lambda tensor: False)
+    other = F.prepare_layer(*make_case(name))
+    found = sample_statistics(other)
+    assert found.columns == numbers.columns
+    torch.testing.assert_close(found.matrix, numbers.matrix, rtol=1e-5, atol=1e-6, equal_nan=True)
+    for one, two in zip(layer.directions, other.directions, strict=True):
+        for what in ("map_weights", "map_heads", "received"):
+            torch.testing.assert_close(getattr(two, what), getattr(one, what), msg=what)
+    for what in ("x", "y", "is_whole"):
+        ours, theirs = (getattr(each.comparison, what) for each in (other, layer))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True, msg=what)
 
 
 def test_row_statistics(case):

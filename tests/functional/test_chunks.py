@@ -27,6 +27,12 @@ def kept(request, monkeypatch):
     monkeypatch.setattr("lightning_xattn.functional.directions.KEPT_CELLS", request.param)
 
 
+@pytest.fixture(params=[True, False], ids=["looked at", "not looked at"])
+def looks(request, monkeypatch):
+    """Whether values are looked at, or not, as on a GPU, which would have to wait."""
+    monkeypatch.setattr("lightning_xattn.core.devices.reads_at_once", lambda tensor: request.param)
+
+
 def make_scores(seed=0, heads=HEADS, scale=2.0):
     generator = torch.Generator().manual_seed(seed)
 
@@ -88,7 +94,7 @@ def expected_numbers(there, back, b):
     return found
 
 
-@pytest.mark.usefixtures("small_chunks", "kept")
+@pytest.mark.usefixtures("small_chunks", "kept", "looks")
 @pytest.mark.parametrize("case", ["none", "padding", "one mask", "by head"])
 @pytest.mark.parametrize("kind", ["scores", "weights", "half"])
 def test_every_number_is_the_references(case, kind):
