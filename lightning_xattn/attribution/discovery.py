@@ -128,6 +128,9 @@ def _find_groups(evidence: Evidence, attending: Collection[str]) -> list[tuple[G
     if len(groups) < 2 or len(groups) + len(alone) <= MOST_MODALITIES:
         groups += [Group((path,), ()) for path in alone]
     are_usable = 2 <= len(groups) <= MOST_MODALITIES  # choosing takes runs
+    if are_usable:
+        heaviest = {_places_of(evidence, _heaviest(group)): group.inputs for group in groups if group.calls}
+        evidence.try_together({places: inputs for places, inputs in heaviest.items() if places})
     return [(group, _choose_places(evidence, group) if are_usable else ()) for group in groups]
 
 
@@ -176,16 +179,12 @@ def _choose_places(evidence: Evidence, group: Group) -> tuple[Place, ...]:
     inputs = evidence.input_places(group.inputs)
     if not group.calls:
         return inputs
-    by_module: dict[str, list[LabelledCall]] = {}
-    for call in group.calls:
-        by_module.setdefault(call.path, []).append(call)
-    heaviest = max(by_module.values(), key=lambda calls: _weight(calls[0].module))
     made = [(call, own) for call in group.calls for own in call.own.values()]
     first = [call for call in group.calls if not any(own & call.got for other, own in made if other is not call)]
     chosen: tuple[Place, ...] = ()
     around: list[Path] = []
-    for calls in (heaviest, first, list(group.calls)):
-        places = tuple(place for call in calls for place in evidence.output_places(call))
+    for calls in (_heaviest(group), first, list(group.calls)):
+        places = _places_of(evidence, calls)
         if not places:
             continue
         chosen, around = places, evidence.reached_around(places, group.inputs)
@@ -197,6 +196,18 @@ def _choose_places(evidence: Evidence, group: Group) -> tuple[Place, ...]:
         if evidence.equals_exchange(both, group.inputs):
             return both
     return (*chosen, *inputs)
+
+
+def _heaviest(group: Group) -> list[LabelledCall]:
+    """The calls of the module with the most parameters."""
+    by_module: dict[str, list[LabelledCall]] = {}
+    for call in group.calls:
+        by_module.setdefault(call.path, []).append(call)
+    return max(by_module.values(), key=lambda calls: _weight(calls[0].module))
+
+
+def _places_of(evidence: Evidence, calls: Sequence[LabelledCall]) -> tuple[Place, ...]:
+    return tuple(place for call in calls for place in evidence.output_places(call))
 
 
 def _label_words(evidence: Evidence, group: Group) -> list[str]:

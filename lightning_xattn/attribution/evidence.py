@@ -1,19 +1,20 @@
 """Evidence of how inputs reach the predictions: labels of a run, and runs with other samples' inputs.
 
-At most 20 runs on 16 samples, once, in a model's first step; each leaves the model's state as it was.
+At most 20 runs on 16 samples, once, in a model's first step, and about three of a large one; each leaves the model's
+state as it was. What a run has shown is not asked again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
-from lightning_xattn.attribution.ports import Key, Modality, Place
+from lightning_xattn.attribution.ports import Key, Place
 from lightning_xattn.attribution.root import ReplayError, Root
 from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, take_samples
 from lightning_xattn.capture.dataflow import Dataflow, LabelledCall
@@ -21,21 +22,8 @@ from lightning_xattn.capture.dataflow import Dataflow, LabelledCall
 SAMPLES = 16
 """How many samples of a first batch are run again to find the modalities."""
 
-
-@dataclass(frozen=True)
-class Reach:
-    """Which inputs reach which modalities.
-
-    Attributes
-    ----------
-    owned
-        By modality, the inputs that belong to it.
-    ways
-        How inputs reach the predictions otherwise than by the features of their modality, as clauses.
-    """
-
-    owned: Mapping[str, Sequence[Path]]
-    ways: Sequence[str]
+LARGE = 2**18
+"""From how many numbers that modules give in a run on questions share runs, each with some of the samples."""
 
 
 class Evidence:
@@ -74,41 +62,63 @@ class Evidence:
         self._flow = Dataflow()
         self.inputs: dict[Path, int] = {}
         self._shorter: dict[Key, Any] | None = None
+        # By places that return what they did: the inputs that reach the predictions otherwise; None: it does not run.
+        self._past: dict[frozenset[Place], Collection[Path] | None] = {}
+        self._shared: dict[frozenset[Place], Collection[Path]] = {}
+        self._equal: set[tuple[frozenset[Place], frozenset[Path]]] = set()
+        self._is_apart = False
         self.intact, self.predicted = self._run_intact()
+        self._past[frozenset()] = self.reaching
 
     @property
     def calls(self) -> list[LabelledCall]:
         """See the class."""
         return self._flow.calls
 
+    @property
+    def attention(self) -> list[tuple[LabelledCall | None, int, int]]:
+        """Of each attention the innermost call around it, and the labels of its queries and keys."""
+        return self._flow.attention
+
     def _run_intact(self) -> tuple[ModelOutput, int]:
         """Run the root as it was, with labels on its inputs; then the labels that reach the predictions."""
         failure = ReplayError("")
         whole = torch.arange(self.root.samples)
-        for rows, with_hooks in ((self.rows, False), (self.rows, True), (whole, False), (whole, True)):
-            self.root.with_hooks = with_hooks
-            self.rows, self._flow, self.inputs = rows, Dataflow(), {}
-            call = self.root.part(rows)
-            for path, leaf in call.leaves():
-                self.inputs[path] = self._flow.new_label()
-                self._flow.add(leaf, self.inputs[path], own=True)
-            try:
-                with self.root.restoring():
-                    predictions, self.outputs, self.arguments = self.root.run(call, flow=self._flow, capture=None)
-                    output = self.root.read_output(predictions).cpu()
-                    reached = self._flow.of(predictions)
-            except ReplayError as error:
-                failure = error
-                continue
-            if len(output.values) != len(rows):
-                failure = ReplayError("it gives another number of predictions for fewer samples")
-                continue
-            precision = self.root.coarsest([one for _, one in call.tensors()])
-            if are_same_outputs(self._live[rows].cpu(), output, precision):
-                self._precision = precision
-                return output, reached
-            failure = ReplayError("it gives other outputs when it is run again")
+        # Without any axis of samples there is nothing to take fewer of, as of graphs.
+        can_take = any(axis is not None for axis in self.root.axes.values())
+        for rows in (self.rows, whole) if can_take and len(self.rows) < len(whole) else (whole,):
+            for with_hooks in (False, True):
+                self.root.with_hooks = with_hooks
+                self.rows, self._flow = rows, Dataflow()
+                call = self.root.part(rows)
+                self.inputs = self._label(call, self._flow)
+                try:
+                    with self.root.restoring():
+                        predictions, self.outputs, self.arguments = self.root.run(call, flow=self._flow, capture=None)
+                        output = self.root.read_output(predictions).cpu()
+                        reached = self._flow.of(predictions)
+                except ReplayError as error:
+                    failure = error
+                    continue
+                if len(output.values) != len(rows):
+                    failure = ReplayError("it gives another number of predictions for fewer samples")
+                    if len(output.values) == len(whole):  # all samples ran, whatever the hooks do
+                        break
+                    continue
+                precision = self.root.coarsest([one for _, one in call.tensors()])
+                if are_same_outputs(self._live[rows].cpu(), output, precision):
+                    self._precision = precision
+                    return output, reached
+                failure = ReplayError("it gives other outputs when it is run again")
         raise failure
+
+    def _label(self, call: Call, flow: Dataflow) -> dict[Path, int]:
+        """Give each input a label of its own."""
+        labels = {}
+        for path, leaf in call.leaves():
+            labels[path] = flow.new_label()
+            flow.add(leaf, labels[path], own=True)
+        return labels
 
     def _run(
         self, call: Call, patch: Mapping[Place, Tensor] | None = None, capture: Sequence[Key] | None = ()
@@ -165,34 +175,128 @@ class Evidence:
     def reached_around(self, places: Sequence[Place], inputs: Collection[Path]) -> list[Path]:
         """Those of the inputs that reach the predictions otherwise than by these places."""
         exchanged = {place.where for place in places if place.kind == "input"}
-        for skips in (False, True):  # some models fail where what it returns is replaced
-            flow, labels = Dataflow(self._flow.opaque), {}
-            call = self.root.part(self.rows)
-            for path, leaf in call.leaves():
-                if path in inputs and path not in exchanged:
-                    labels[path] = flow.new_label()
-                    flow.add(leaf, labels[path])
-            try:
-                with self.root.restoring():
-                    patch = self._patch_of(places, self.outputs)
-                    templates = self.outputs if skips else None
-                    predictions, _, _ = self.root.run(call, patch, templates, flow=flow)
-                    reached = flow.of(predictions)
-            except ReplayError:
-                continue
-            return [path for path, label in labels.items() if label & reached]
-        return [path for path in inputs if path not in exchanged]
+        reached = self._find_past(frozenset(place for place in places if place.kind != "input"), inputs)
+        return [path for path in inputs if path not in exchanged and (reached is None or path in reached)]
 
-    def _patch_of(self, places: Sequence[Place], outputs: Mapping[Key, Any]) -> dict[Place, Tensor]:
+    def try_together(self, groups: Mapping[tuple[Place, ...], Sequence[Path]]) -> None:
+        """Ask for several modalities at once what else takes runs for each, by places that may hold them.
+
+        Parameters
+        ----------
+        groups
+            By the places of a modality, its inputs. What a shared run does not show is asked one by one.
+        """
+        places = [place for several in groups for place in several]
+        if len(groups) < 2 or any(place.kind == "input" for place in places):
+            return
+        if self._is_large() and self._exchange_together(groups):
+            return
+        with suppress(ReplayError):
+            self._shared[frozenset(places)] = self._run_past(places)
+
+    def _find_past(self, places: frozenset[Place], inputs: Collection[Path]) -> Collection[Path] | None:
+        """The inputs that reach the predictions where these places return what they did; None where that fails."""
+        if places in self._past:
+            return self._past[places]
+        for several, reached in self._shared.items():
+            # What hands none of the inputs on stops none.
+            further = 0
+            for place in several - places:
+                further |= self._made_at(place)
+            if places <= several and not any(self.inputs[path] & further for path in inputs):
+                return reached
+        self._past[places] = None
+        for skips in (False, True):  # some models fail where what it returns is replaced
+            with suppress(ReplayError):
+                self._past[places] = self._run_past(places, skips)
+                break
+        return self._past[places]
+
+    def _run_past(self, places: Collection[Place], skips: bool = False) -> list[Path]:
+        flow, call = Dataflow(self._flow.opaque, keeps_tensors=False), self.root.part(self.rows)
+        labels = self._label(call, flow)
+        with self.root.restoring():
+            patch, templates = self._patch_of(places, self.outputs), self.outputs if skips else None
+            predictions, _, _ = self.root.run(call, patch, templates, flow=flow)
+            reached = flow.of(predictions)
+        return [path for path, label in labels.items() if label & reached]
+
+    def _made_at(self, place: Place) -> int:
+        """The labels of the inputs that a place hands on."""
+        if place.kind == "argument":
+            return self._flow.of(self.arguments[place.key][place.where])
+        return next(call for call in self.calls if call.key == place.key).made
+
+    def _is_large(self) -> bool:
+        return sum(tensor.numel() for call in self.calls for tensor in call.tensors.values()) >= LARGE
+
+    def _exchange_together(self, groups: Mapping[tuple[Place, ...], Sequence[Path]]) -> bool:
+        """Answer ``equals_exchange``, ``reached_around`` and ``looks_across`` by two runs; whether all is as hoped.
+
+        The first samples are as they were; a part of them gets the inputs of one group from others, another part
+        those of another group, and the last ones all inputs.
+        """
+        count, axes = len(self.rows), self.root.axes
+        needed = {*self.reaching, *(path for inputs in groups.values() for path in inputs)}
+        if count < len(groups) + 2 or any(axes.get(path) is None for path in needed):
+            return False
+        kept, *parts, others = torch.arange(count).tensor_split(len(groups) + 2)
+        order = _in_one_circle(count)
+
+        def take(exchanged: Mapping[Path, Tensor]) -> Call:
+            values = {}
+            for path, axis in axes.items():
+                if axis is not None:
+                    rows = torch.arange(count)
+                    for part in (others, exchanged.get(path, others)):
+                        rows[part] = order[part]
+                    values[path] = take_samples(self.root.call[path], axis, self.rows[rows])
+            return self.root.call.replaced(values)
+
+        moved = {path: part for part, inputs in zip(parts, groups.values(), strict=True) for path in inputs}
+        places = [place for several in groups for place in several]
+        flow = Dataflow(self._flow.opaque, keeps_tensors=False)
+        try:
+            exchanged, outputs = self._run(take(moved), capture=[place.key for place in places])
+            if not self._are_same(self.intact[kept], exchanged[kept]):
+                return False
+            patch, given = self._patch_of(places, self.outputs), self._patch_of(places, outputs)
+            for part, several in zip(parts, groups, strict=True):
+                rows = torch.cat([part, others])
+                for place in several:
+                    if patch[place].shape != given[place].shape:
+                        return False
+                    own = rows.to(given[place].device)
+                    patch[place].index_copy_(place.axis, own, given[place].index_select(place.axis, own))
+            call = take({})
+            labels = self._label(call, flow)
+            with self.root.restoring():
+                predictions, _, _ = self.root.run(call, patch, flow=flow)
+                patched, reached = self.root.read_output(predictions).cpu(), flow.of(predictions)
+        except ReplayError:
+            return False
+        if not self._are_same(exchanged, patched):
+            return False
+        self._shared[frozenset(places)] = [path for path, label in labels.items() if label & reached]
+        self._equal |= {(frozenset(several), frozenset(inputs)) for several, inputs in groups.items()}
+        self._is_apart = True
+        return True
+
+    def _patch_of(self, places: Collection[Place], outputs: Mapping[Key, Any]) -> dict[Place, Tensor]:
         """What calls gave or got, at those of these places that are no inputs."""
-        given = {
-            place: dict(find_tensors(outputs[place.key]))[place.where] for place in places if place.kind == "output"
-        }
+        try:
+            given = {
+                place: dict(find_tensors(outputs[place.key]))[place.where] for place in places if place.kind == "output"
+            }
+        except KeyError as error:
+            raise ReplayError(f"{error} gives something else for other samples") from error
         got = {place: self.arguments[place.key][place.where] for place in places if place.kind == "argument"}
         return {place: tensor.clone() for place, tensor in (given | got).items()}
 
     def equals_exchange(self, places: Sequence[Place], inputs: Sequence[Path]) -> bool:
         """Whether exchanging inputs does no more than it does at these places; True where that cannot be tried."""
+        if (frozenset(places), frozenset(inputs)) in self._equal:
+            return True
         order = _in_one_circle(len(self.rows))
         axes = {path: axis for path in inputs if (axis := self.root.axes.get(path)) is not None}
         if len(self.rows) < 2 or len(axes) < len(inputs):
@@ -210,7 +314,12 @@ class Evidence:
     def looks_across(self) -> bool:
         """Whether the predictions of some samples change with the others; False where that cannot be tried."""
         count = len(self.rows)
-        if count < 3 or not self.reaching or any(self.root.axes.get(path) is None for path in self.reaching):
+        if (
+            self._is_apart
+            or count < 3
+            or not self.reaching
+            or any(self.root.axes.get(path) is None for path in self.reaching)
+        ):
             return False
         half = (count + 1) // 2
         try:
@@ -253,65 +362,14 @@ class Evidence:
 
     def changed_in_place(self, place: Place) -> bool:
         """Whether the model changes what a call gave in place; of arguments that is not known, and may be."""
-        return place.kind == "argument" or bool(self._labels_of(place) & self._flow.changed)
+        return place.kind == "argument" or bool(self.labels_of(place) & self._flow.changed)
 
     @property
     def changes_inputs(self) -> bool:
         """Whether the model changes its inputs in place."""
         return any(label & self._flow.changed for label in self.inputs.values())
 
-    def sides(self, modalities: Sequence[Modality]) -> dict[str, list[tuple[str, str]]]:
-        """By a module's path, the modalities that the queries and the keys of each attention in it come from, or ""."""
-
-        def find(side: int) -> set[str]:
-            return {one.name for one in modalities if any(self._labels_of(place) & side for place in one.places)}
-
-        found: dict[str, list[tuple[str, str]]] = {}
-        for call, queries, keys in self._flow.attention:
-            of_queries, of_keys = find(queries), find(keys)
-            # Behind a first attention one side holds what the other one does, and something of its own.
-            if of_keys < of_queries:
-                of_queries -= of_keys
-            elif of_queries < of_keys:
-                of_keys -= of_queries
-            pair = tuple(names.pop() if len(names) == 1 else "" for names in (of_queries, of_keys))
-            for path in [""] if call is None else [outer.path for outer in call.outwards()]:
-                found.setdefault(path, []).append((pair[0], pair[1]))
-        return found
-
-    def find_reach(self, modalities: Sequence[Modality]) -> Reach:
-        """Which inputs belong to which modality, and by which other ways they reach the predictions.
-
-        An input belongs to the modality whose features alone it reaches; of several to the one whose inputs all reach
-        the others, too. An input that several share otherwise, such as a mask for both, belongs to none.
-        """
-        made = {call.key: call.made for call in self.calls}
-        inputs: dict[str, set[Path]] = {}
-        for one in modalities:
-            labels = 0
-            for place in one.features or one.places:
-                labels |= made[place.key] if place.kind == "output" else self._labels_of(place)
-            inputs[one.name] = {path for path, label in self.inputs.items() if label & labels}
-        owned: dict[str, list[Path]] = {name: [] for name in inputs}
-        ways: list[str] = []
-        for path in self.inputs:
-            reached = [name for name, paths in inputs.items() if path in paths]
-            for name in reached:
-                others = [other for other in reached if other != name]
-                if all(inputs[name] < inputs[other] for other in others):
-                    owned[name].append(path)
-                    ways += [f"{self.name_input(path)} also reaches {' and '.join(others)}"] if others else []
-        mixed = set.intersection(*inputs.values())
-        if len(mixed) > 1 and not any(owned.values()):  # one input that holds several modalities is no finding
-            names = " and ".join(self.name_input(path) for path in self.inputs if path in mixed)
-            ways.append(f"{names} each reach {' and '.join(inputs)}")
-        permuted = [place for one in modalities for place in one.places]
-        for path in self.reached_around(permuted, [path for paths in owned.values() for path in paths]):
-            name = next(name for name, paths in owned.items() if path in paths)
-            ways.append(f"{self.name_input(path)} also reaches the prediction past {name}")
-        return Reach(owned, ways)
-
-    def _labels_of(self, place: Place) -> int:
+    def labels_of(self, place: Place) -> int:
         """The labels of the very tensor at a place."""
         if place.kind == "input":
             return self.inputs.get(place.where, 0)

@@ -16,6 +16,7 @@ from lightning_xattn.attribution.named import find_named_modalities, name_argume
 from lightning_xattn.attribution.names import plain_name, reconcile_names
 from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput, find_model_output
 from lightning_xattn.attribution.ports import Column, ModalitiesSetting, Modality, Place, as_tuple
+from lightning_xattn.attribution.reach import find_reach, find_sides
 from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.attention_mode import get_module
@@ -255,7 +256,7 @@ class FirstStep:
 
     def _settle(self, evidence: Evidence, modalities: Sequence[Modality], width: int, name: str) -> Found:
         are_named = self.modalities is not None
-        sides = evidence.sides(modalities)
+        sides = find_sides(evidence, modalities)
         modalities, renamed = reconcile_names(tuple(modalities), self.layers, sides, are_named, self.names_attention)
         if are_named:
             modalities = self._permute_at_inputs(evidence, modalities)
@@ -283,7 +284,7 @@ class FirstStep:
 
     def _permute_at_inputs(self, evidence: Evidence, modalities: tuple[Modality, ...]) -> tuple[Modality, ...]:
         """Permute the inputs of modalities that are named, where these also go other ways, if they are separate."""
-        reach = evidence.find_reach(modalities)
+        reach = find_reach(evidence, modalities)
         if not reach.ways:
             return modalities
         ways = " and ".join(reach.ways)

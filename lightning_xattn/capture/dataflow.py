@@ -87,10 +87,13 @@ class Dataflow(TorchFunctionMode):
     ----------
     opaque
         The only calls that may be so; None: any.
+    keeps_tensors
+        Whether calls keep copies of what they gave.
     """
 
-    def __init__(self, opaque: Collection[tuple[str, int]] | None = None) -> None:
+    def __init__(self, opaque: Collection[tuple[str, int]] | None = None, keeps_tensors: bool = True) -> None:
         super().__init__()
+        self._keeps_tensors = keeps_tensors
         self.opaque: set[tuple[str, int]] = set()
         self._may_be_opaque = opaque
         self.calls: list[LabelledCall] = []
@@ -130,13 +133,20 @@ class Dataflow(TorchFunctionMode):
     ) -> Any:
         """Run a module's forward and note its labels."""
         outer = self._running[-1] if self._running else None
-        call = LabelledCall(module, path, turn, outer, self.of((args, kwargs)))
+        with torch._C.DisableTorchFunction():  # else this mode sees each look at a tensor's storage
+            got = self.of((args, kwargs))
+        call = LabelledCall(module, path, turn, outer, got)
         self.calls.append(call)
         self._running.append(call)
         try:
             output = forward(*args, **kwargs)
         finally:
             self._running.pop()
+        with torch._C.DisableTorchFunction():
+            self._note_output(call, output)
+        return output
+
+    def _note_output(self, call: LabelledCall, output: Any) -> None:
         call.made = self.of(output)
         if not call.made and call.got and (self._may_be_opaque is None or call.key in self._may_be_opaque):
             self.opaque.add(call.key)
@@ -145,9 +155,8 @@ class Dataflow(TorchFunctionMode):
         for where, tensor in find_tensors(output):
             call.own[where] = self.new_label()
             self.add(tensor, call.own[where], own=True)
-            with torch._C.DisableTorchFunction():
+            if self._keeps_tensors:
                 call.tensors[where] = tensor.detach().clone()
-        return output
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
