@@ -49,11 +49,16 @@ class Drawn:
     layers: Mapping[str, str]
     title: str
 
-    def main_figures(self) -> Iterator[tuple[str, Figure]]:
-        """The two figures that a fit draws in every epoch: tag and figure."""
+    def main_figures(self) -> list[Iterator[tuple[str, Figure]]]:
+        """The two figures that a fit draws in every epoch, tag and figure: each alone, as one may fail."""
         layer = self.records[-1]["layer"]
+        return [self._overview(layer), *([] if layer is None else [self._attention(layer)])]
+
+    def _overview(self, layer: str | None) -> Iterator[tuple[str, Figure]]:
         yield f"xattn_about/{self.scope}/overview", overview_figure(self.records, self._context(layer))
-        if layer is not None:
+
+    def _attention(self, layer: str) -> Iterator[tuple[str, Figure]]:
+        if layer in self.shown.summaries:
             figure = attention_figure(
                 self.shown.summaries[layer],
                 self.shown.class_names,
@@ -64,16 +69,19 @@ class Drawn:
             if figure is not None:
                 yield f"xattn_map/{self.scope}/by_class", figure
 
-    def other_figures(self) -> Iterator[tuple[str, Figure]]:
-        """All others."""
+    def other_figures(self) -> list[Iterator[tuple[str, Figure]]]:
+        """All others: those of the modalities, and those of each layer."""
         one = self.shown
         said = {"classes_by": one.classes_by}
+        found = []
         if one.fusion is not None:
-            yield from fusion_figures(one.fusion, self.scope, one.class_names, context=self.title, **said)
+            found.append(fusion_figures(one.fusion, self.scope, one.class_names, context=self.title, **said))
         for layer, scope in self.layers.items():
-            yield from epoch_figures(
-                one.summaries[layer], scope, one.class_names, axes=one.axes, context=self._context(layer), **said
+            context = self._context(layer)
+            found.append(
+                epoch_figures(one.summaries[layer], scope, one.class_names, axes=one.axes, context=context, **said)
             )
+        return found
 
     def _context(self, layer: str | None) -> str:
         has_several = layer is not None and self.layers[layer] != self.scope
@@ -115,17 +123,12 @@ class Pictures:
         if not writers:
             return
         for one in self.drawn:
-            writers.log_figures(self._figures(one, main, rest), self.step)
+            for figures in (*(one.main_figures() if main else ()), *(one.other_figures() if rest else ())):
+                writers.log_figures(figures, self.step)
             if rest:
                 self._log_report(writers, one)
         for tag, path in self.tables.items() if rest else ():
             self._log_table(writers, tag, path)
-
-    def _figures(self, one: Drawn, main: bool, rest: bool) -> Iterator[tuple[str, Figure]]:
-        if main:
-            yield from one.main_figures()
-        if rest:
-            yield from one.other_figures()
 
     def _log_report(self, writers: LoggerWriters, one: Drawn) -> None:
         tag, step = f"xattn_about/{one.scope}/report", self.step

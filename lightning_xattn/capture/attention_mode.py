@@ -19,6 +19,7 @@ from lightning_xattn.capture.calls import LOSSES, SCORE_FUNCTIONS, Call, Run, St
 from lightning_xattn.capture.events import Edit, Event, Read, RecordLevel
 from lightning_xattn.capture.readers import find_reader
 from lightning_xattn.capture.tensors import Address, has_address, only_modes, pop_modes, push_modes
+from lightning_xattn.core import devices
 
 ToEdit = Callable[[Event], Edit | None]
 """Gets an attention that is about to be computed; gives what is to be changed of it; None: nothing."""
@@ -244,6 +245,8 @@ class AttentionMode(TorchFunctionMode):
         self._turns: Counter[nn.Module] = Counter()
         self._on = False
         self._made: dict[int, tuple[weakref.ref[Tensor], Event]] = {}
+        # The masks of a step, each with its copy and what was made of it.
+        self._masks: list[tuple[Address, Tensor, dict[str, Tensor]]] = []
         # The attention that reaches a tensor, by its id.
         self._follows, self._reached = follows, dict[int, tuple[weakref.ref[Tensor], frozenset[Event]]]()
 
@@ -264,6 +267,7 @@ class AttentionMode(TorchFunctionMode):
         self._runs.clear()
         self._turns.clear()
         self._made.clear()
+        self._masks.clear()
         self._reached.clear()
         self._switch()
 
@@ -375,6 +379,17 @@ class AttentionMode(TorchFunctionMode):
                 event.level = self._level(self._runs[-1], event)
         return None if self._edit is None else self._edit(event)
 
+    def keep(self, mask: Tensor, what: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """See ``ReaderContext``."""
+        known = (one for address, *one in self._masks if _are_unchanged(mask, address, one[0]))
+        copied, made = next(known, (None, None))
+        if copied is None or made is None:
+            copied, made = mask.detach().clone(), {}
+            self._masks.append((Address.of(mask), copied, made))
+        if what not in made:
+            made[what] = make(copied)
+        return made[what]
+
     def record(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
         """See ``ReaderContext``."""
         self._runs[-1].events.append(event)
@@ -412,6 +427,14 @@ class AttentionMode(TorchFunctionMode):
                     event.used = arg.reshape(event.shape)
         elif events and isinstance(result, Tensor):
             self._made[id(result)] = weakref.ref(result), events[0][1]
+
+
+def _are_unchanged(mask: Tensor, address: Address, copied: Tensor) -> bool:
+    """Whether a tensor is at an address and still holds the numbers that were copied from there."""
+    if address.version is not None or not address.holds(mask):
+        return address.holds_unchanged(mask)
+    # An inference tensor does not tell whether it has been changed in place.
+    return devices.reads_at_once(mask) and copied.equal(mask)
 
 
 def _note_fold(tensor: Tensor, result: Tensor, run: Run) -> None:

@@ -94,6 +94,9 @@ class ReaderContext(Protocol):
     def begin(self, event: Event, asks: Tensor) -> Edit | None:
         """Called before it is computed, with what asks (queries or scores): what is to be changed; None: nothing."""
 
+    def keep(self, mask: Tensor, what: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is made of a copy of a mask, once in a step for all attention that gets the same mask unchanged."""
+
     def record(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
         """Called once it is computed; ``given`` is the tensor with its weights that the model gets."""
 

@@ -63,7 +63,7 @@ def read_kernel(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderCo
 
     def read() -> RecordedWeights | None:
         if is_known:
-            return _read_kernel_scores(event, call)
+            return _read_kernel_scores(event, call, mode)
         return ask_function(event, lambda: _weigh_identity(event, function, call, is_flex))
 
     mode.record(event, read)
@@ -118,12 +118,11 @@ def _weigh_identity(event: Event, function: Any, call: Call, is_flex: bool) -> R
         return RecordedWeights(weigh(asks), visible=visible)
 
 
-def _read_kernel_scores(event: Event, call: Call) -> RecordedWeights:
+def _read_kernel_scores(event: Event, call: Call, mode: ReaderContext) -> RecordedWeights:
     """``Q K^T scale + mask`` in float32, as the kernel's documentation defines it."""
     mask, scale, visible = call["attn_mask"], call["scale"], None
-    if mask is not None:
-        # Copied, as the model may change its mask in place.
-        visible = mask.clone() if mask.dtype == torch.bool else ~(mask <= MASKED)
+    if mask is not None:  # copied, as the model may change its mask in place
+        visible = mode.keep(mask, "visible", lambda one: one if one.dtype == torch.bool else ~(one <= MASKED))
     if visible is not None:
         visible = visible[(None,) * (len(event.shape) - visible.dim())]
     if event.level is not RecordLevel.WEIGHTS:
@@ -136,7 +135,8 @@ def _read_kernel_scores(event: Event, call: Call) -> RecordedWeights:
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     query, key = (one.expand(*event.shape[:-2], *one.shape[-2:]) for one in (query, key))
     if mask is not None and mask.dtype != torch.bool:
-        biases = (mask[(None,) * (len(event.shape) - mask.dim())].float().clone(),)
+        bias = mode.keep(mask, "bias", Tensor.float)
+        biases = (bias[(None,) * (len(event.shape) - mask.dim())],)
     scores = Scores(query, key, biases)
     if call["is_causal"]:
         places = [torch.arange(tokens, device=event.device)[None] for tokens in event.shape[-2:]]

@@ -80,10 +80,11 @@ class RecordedWeights:
         if self.visible is None or self.visible.shape[-2] == 1:
             return self.token_mask
         batch, _, tokens, keys = self.shape
-        visible = self.visible.expand(batch, -1, tokens, keys)[..., : keys - self.extra_keys]
+        # What is one for all samples is looked at once.
+        visible = self.visible.expand(-1, -1, tokens, keys)[..., : keys - self.extra_keys]
         itself = visible.diagonal(dim1=-2, dim2=-1).any(1)
         real = visible.any(dim=1).any(dim=1) | ~itself.any(1, keepdim=True)
-        return intersect_masks(real, self.token_mask)
+        return intersect_masks(real.expand(batch, -1), self.token_mask)
 
     def padded_to(self, tokens: int) -> RecordedWeights:
         """The same self-attention over this number of tokens: those that were cut off are added as padding."""

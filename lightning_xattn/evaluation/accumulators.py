@@ -196,6 +196,13 @@ class LayerAccumulator:
             scores_by_group=both.scores_by_group + other.scores_by_group,
         )
 
+    def check(self, numbers: SampleNumbers, groups: Tensor | None) -> None:
+        """Refuse a batch that has no groups, though groups are known, or other numbers, with a ShapeError."""
+        if self.group_noun is not None and groups is None:
+            raise ShapeError(f"This batch has no {self.group_noun}, though the first one had.")
+        if numbers.columns != self.columns:
+            raise ShapeError("This batch has other numbers than the first one, as of another number of heads.")
+
     # What was made in inference mode cannot be changed in place outside of it.
     @torch.inference_mode()
     def add(
@@ -207,7 +214,7 @@ class LayerAccumulator:
         tied: Tensor,
         groups: Tensor | None = None,
     ) -> LayerAccumulator:
-        """Add a batch, and give the accumulator back. Where that fails, nothing of the batch is added.
+        """Add a batch, and give the accumulator back.
 
         Parameters
         ----------
@@ -228,12 +235,9 @@ class LayerAccumulator:
         Raises
         ------
         ShapeError
-            If the batch has no groups, though groups are known, or other numbers.
+            As ``check``; then nothing of the batch is added.
         """
-        if self.group_noun is not None and groups is None:
-            raise ShapeError(f"This batch has no {self.group_noun}, though the first one had.")
-        if numbers.columns != self.columns:
-            raise ShapeError("This batch has other numbers than the first one, as of another number of heads.")
+        self.check(numbers, groups)
         classes = torch.where((classes >= 0) & (classes < self.n_classes), classes, self.n_classes)
         if groups is None or self.group_noun is None:
             groups = torch.zeros_like(classes)
@@ -267,10 +271,11 @@ class LayerAccumulator:
             classes = torch.zeros_like(classes)
         # A product with ones and zeros, as sums by index take many times as long.
         places = torch.arange(count + OUTCOMES, device=classes.device)[:, None]
-        member = ((classes == places) | (outcomes + count == places)).to(layer.directions[0].map_weights.dtype)
+        # In the precision of the sums, as a GPU may round the factors of a product in single precision.
+        member = ((classes == places) | (outcomes + count == places)).to(self.null_maps.dtype)
         found = {}
         for rows in layer.directions:
-            cells = torch.stack([rows.map_weights, rows.map_heads], 1)
+            cells = torch.stack([rows.map_weights, rows.map_heads], 1).to(member.dtype)
             found[rows.direction] = (member @ cells.flatten(1)).view(-1, *cells.shape[1:])
         return found
 

@@ -103,6 +103,8 @@ def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float])
     """The history's record of a layer's epoch: its curves, numbers of samples, and intervals."""
     record: dict[str, Any] = {"samples": summary.samples, "groups": summary.groups() if summary.group_noun else None}
     record |= {name: getattr(summary, name) for name in ("ties", "unclassified", "wholly_masked")}
+    if summary.is_binned and math.isfinite(summary.alignment_of_maps):  # what alignment/null is to be compared with
+        record["alignment_of_bins"] = summary.alignment_of_maps
     correct, incorrect = (summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT))
     record |= _accuracy(correct, incorrect)
     for score in _scores(summary):

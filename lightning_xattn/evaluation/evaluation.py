@@ -21,6 +21,7 @@ from lightning_xattn.attribution.faithfulness import replace_keys
 from lightning_xattn.attribution.kept_samples import BottomKSample, KeptSamples
 from lightning_xattn.attribution.recorder import ModalityRecorder
 from lightning_xattn.capture.labels import SEVERAL_LABELS, Step
+from lightning_xattn.core.attention import AttentionPair
 from lightning_xattn.core.distributed import NUMBER, SINGLE_PROCESS, Processes
 from lightning_xattn.core.ids import group_keys, id_text
 from lightning_xattn.core.notices import warn
@@ -34,8 +35,8 @@ from lightning_xattn.evaluation.maps import CELLS, add_maps, maps_by_sample
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.saved_probes import SavedProbes
 from lightning_xattn.evaluation.settings import Settings
-from lightning_xattn.evaluation.statistics import CONFIDENCE, headline, sample_statistics, table_columns
-from lightning_xattn.functional import Rows, prepare_layer, received_attention
+from lightning_xattn.evaluation.statistics import CONFIDENCE, SampleNumbers, headline, sample_statistics, table_columns
+from lightning_xattn.functional import LayerRows, Rows, prepare_layer, received_attention
 
 DIFFERENT_CLASSES = (
     "Processes found different numbers of classes: the first batch of one had no predictions or targets that fit. So "
@@ -266,23 +267,37 @@ class Evaluation:
         ids = {"sample_id": labels.sample_ids, "group": labels.group_ids}
         layers = [prepare_layer(*pair.directions) for pair in batch.attention]
         first_ran = bool(layers) and batch.attention[0].layer == self._first_layer
+        statistics = [
+            self._read_numbers(batch, pair, layer) for pair, layer in zip(batch.attention, layers, strict=True)
+        ]
         if len(batch):
             self._add_names(batch.labels.sample_ids, seen)
             self._keep_samples(batch, about | {"class": classes}, places, layers[0].directions if first_ran else ())
         table = [about | {"layer": None} | ids] if needs_rows and not batch.attention else []
-        confidence = _or_default(labels.confidence, torch.nan, batch)
-        for pair, layer in zip(batch.attention, layers, strict=True):
+        for pair, layer, of_layer in zip(batch.attention, layers, statistics, strict=True):
             if pair.backward is None and pair.forward.query_mask is None and not pair.forward.is_block:
                 self.lacking_query_mask.add(pair.layer)
-            statistics = sample_statistics(layer).with_column(CONFIDENCE, confidence)
-            if pair.layer not in self._accumulators:
-                empty = LayerAccumulator.empty(layer, statistics.columns, n_classes, labels.group_noun)
-                self._accumulators[pair.layer] = empty
-            self._accumulators[pair.layer].add(layer, statistics, classes, outcomes, tied, labels.groups)
+            self._accumulators[pair.layer].add(layer, of_layer, classes, outcomes, tied, labels.groups)
             if needs_rows:
-                of_layer = {"undefined": statistics[headline(statistics)].isnan(), "layer": pair.layer}
-                table.append(about | table_columns(statistics) | of_layer | ids)
+                undefined = of_layer[headline(of_layer)].isnan()
+                table.append(about | table_columns(of_layer) | {"undefined": undefined, "layer": pair.layer} | ids)
         return table
+
+    def _read_numbers(self, batch: BatchResult, pair: AttentionPair, layer: LayerRows) -> SampleNumbers:
+        """The numbers of a layer, which its sums can take; before any of the batch is added.
+
+        Raises
+        ------
+        ShapeError
+            If they are others than those of the first batch, or groups are missing.
+        """
+        labels = batch.labels
+        numbers = sample_statistics(layer).with_column(CONFIDENCE, _or_default(labels.confidence, torch.nan, batch))
+        if pair.layer not in self._accumulators:
+            empty = LayerAccumulator.empty(layer, numbers.columns, len(self.classes or ()), labels.group_noun)
+            self._accumulators[pair.layer] = empty
+        self._accumulators[pair.layer].check(numbers, labels.groups)
+        return numbers
 
     def _add_names(self, ids: Tensor | Sequence[Any] | None, first: int) -> None:
         """Keep ids that are no numbers, of samples from the ``first`` on."""

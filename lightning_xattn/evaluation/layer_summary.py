@@ -32,6 +32,7 @@ from lightning_xattn.functional import (
     separation,
     within,
 )
+from lightning_xattn.functional.bins import bin_sizes
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 
@@ -78,8 +79,9 @@ class LayerSummary:
     outcome_maps
         By direction ``(2, queries, keys)``: the same of the incorrect and of the correct predictions, as ``INCORRECT``
         and ``CORRECT`` say; NaN without any.
-    alignment_null
-        Mean alignment between different samples; NaN with fewer than two, or unless all have the same tokens.
+    alignment_null, alignment_of_maps
+        Mean alignment between different samples, and of the same samples' maps with each other; NaN with fewer than
+        two, or unless all have the same tokens. Of maps in bins both are of the bins: a mean over cells has less noise.
     ties
         Number of samples whose soft target has more than one top class; the first of them counts as the class.
     """
@@ -104,11 +106,17 @@ class LayerSummary:
         x_sum, y_sum = sums.null_maps
         null = float(alignment_null(x_sum, y_sum, aligned, samples)) if others == 0 else math.nan
         self.alignment_null = null if self.maps else math.nan
+        self.alignment_of_maps = float(aligned / samples) if self.alignment_null == self.alignment_null else math.nan
 
     def __repr__(self) -> str:
         size = describe_size(self.samples, self.groups(), self.group_noun)
         heads = ", ".join(f"{direction} of {count} heads" for direction, count in self.heads.items())
         return f"LayerSummary({size}, {self.n_classes} classes; {heads})"
+
+    @property
+    def is_binned(self) -> bool:
+        """Whether the maps are in bins, so that ``alignment_null`` is no null of the alignment of all cells."""
+        return any(bin_sizes(*tokens) != (1, 1) for tokens in self.tokens.values())
 
     def with_classes(self, kept: Sequence[int]) -> LayerSummary:
         """The same with these classes alone, in this order, and a last one that is all others."""

@@ -250,8 +250,7 @@ def _shared_cells(rows: Tensor, columns: Tensor, there: Tensor | None, back: Ten
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
-    # A product of matrices, as it needs no memory for the single terms.
-    return (x.flatten(-2)[..., None, :] @ y.flatten(-2)[..., :, None])[..., 0, 0]
+    return _dot(x.flatten(-2), y.flatten(-2))
 
 
 def _centre(maps: Tensor, cells: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -342,5 +341,6 @@ class _Moments:
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    product: Tensor = one[:, None, :] @ other[:, :, None]
-    return product.squeeze(2).squeeze(1)
+    # Not a product of matrices, in which a GPU may round.
+    found: Tensor = torch.linalg.vecdot(one, other)
+    return found

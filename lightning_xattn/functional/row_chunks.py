@@ -126,12 +126,19 @@ def _read_scores(attention: Attention, queries: slice, buffers: Buffers) -> Chun
     weights = torch.exp(scores.sub_(top), out=buffers.take("weights", shape, scores))
     total = weights.sum(-1)
     mean_score = scores.mul_(weights).sum(-1) / total
+    if not _surely_all(mean_score == mean_score):  # a score of -inf is no fault: its weight is 0
+        finite = source.rows(queries, scores).sub_(top).clamp_min_(HIDDEN)
+        if visible is not None:
+            finite.masked_fill_(~visible, 0)
+        mean_score = finite.mul_(weights).sum(-1) / total
     log_total = total.log()
     log_sums = log_total + top[..., 0]
     # A row with NaN or an infinite score; what hides keys is finite.
     keys, sound, mass = _count_keys(weights, visible), mean_score == mean_score, None
     if source.whole is not None:
-        mass = (log_sums - _log_sums_of_all(source, queries, buffers)).exp().clamp_max(1)
+        of_all = _log_sums_of_all(source, queries, buffers)
+        # A query that sees no key at all has no share.
+        mass = (log_sums - of_all).exp().clamp_max(1).masked_fill(of_all < HIDDEN / 2, torch.nan)
         # Below this a share is made of numbers with no precision left: the query attends to nothing here.
         crosses = mass > source.whole.shape[3] * torch.finfo(mass.dtype).smallest_normal
         keys, mass = keys.where(crosses | ~sound, 0), mass.masked_fill(~sound, torch.nan)
@@ -150,9 +157,10 @@ def _log_sums_of_all(source: Scores, queries: slice, buffers: Buffers) -> Tensor
     assert source.whole is not None
     shape = *source.shape[:2], queries.stop - queries.start, source.whole.shape[3]
     scores = source.whole.rows(queries, buffers.take("whole", shape, source.query))
-    for mask in (*source.whole_masks, source.whole.visible(queries)):
+    masks = [mask if mask.shape[2] == 1 else mask[:, :, queries] for mask in source.whole_masks]
+    for mask in (*masks, source.whole.visible(queries)):
         if mask is not None:
-            scores.masked_fill_(~(mask if mask.shape[2] == 1 else mask[:, :, queries]), HIDDEN)
+            scores.masked_fill_(~mask, HIDDEN)
     top = scores.amax(-1, keepdim=True)
     return scores.sub_(top).exp_().sum(-1).log_() + top[..., 0]
 
@@ -202,9 +210,7 @@ class Columns:
         source = attention.source
         if isinstance(source, Scores):
             assert log_sums is not None
-            # One more number of each token, so that the product gives scores less the logarithm of their sum.
-            self._query = torch.cat([source.query, log_sums[..., None]], -1).mT
-            self._key = torch.cat([source.key, source.key.new_full((*source.key.shape[:3], 1), -1)], -1)
+            self._log_sums = log_sums[:, :, None, :]
         elif source.dtype.itemsize < 4:
             self._total = source.sum(-1, dtype=torch.float32).where(valid, 1)[..., None]
 
@@ -220,9 +226,11 @@ class Columns:
             if visible is not None:
                 weights = weights.masked_fill(~visible, 0)
             return (weights if self._has_all else weights.where(self._valid[..., None], 0)).sum(1).mT
-        key = self._key[:, :, keys]
-        shape = *key.shape[:3], self._query.shape[3]
-        columns = torch.matmul(key, self._query, out=self._buffers.take("columns", shape, key))
+        key = source.key[:, :, keys]
+        shape = *key.shape[:3], source.query.shape[2]
+        columns = torch.matmul(key, source.query.mT, out=self._buffers.take("columns", shape, key))
+        # Not as one more column of the product, in which a GPU may round large numbers.
+        columns -= self._log_sums
         for bias in source.biases:
             columns += (bias if bias.shape[3] == 1 else bias[..., keys]).mT
         if visible is not None:

@@ -198,7 +198,6 @@ class RowCollector:
         """
         weights, visible, valid = chunk.weights, chunk.visible, chunk.valid
         self._is_whole &= chunk.is_whole
-        by_head = visible is not None and visible.shape[1] > 1
         total = self._sum_heads(weights)
         # Without a mask each row has as many keys.
         self._has_fixed_keys = visible is None and chunk.keys.shape == (1, 1, 1)
@@ -210,7 +209,7 @@ class RowCollector:
             "entropy": chunk.entropy,
             "largest": chunk.largest,
             "sparse": _count_sparse(chunk),
-            "head_keys": visible.any(1).to(total.dtype).sum(-1) if by_head and visible is not None else keys.amax(1),
+            "head_keys": self._count_head_keys(keys, visible, total),
             "cross_modal_mass": chunk.cross_modal_mass,
             "log_sums": chunk.log_sums,
         }
@@ -232,10 +231,17 @@ class RowCollector:
             self._totals.append(total)
         return total, heads
 
+    def _count_head_keys(self, keys: Tensor, visible: Tensor | None, total: Tensor) -> Tensor:
+        """How many keys any head can see."""
+        if visible is None or visible.shape[1] == 1:
+            return keys.amax(1)
+        return visible.any(1).to(total.dtype).sum(-1).expand(-1, total.shape[1])
+
     def _sum_heads(self, weights: Tensor) -> Tensor:
-        if self._heads == 1:
-            return weights[:, 0]
-        if not self.is_binned or self._keeps_maps:
+        is_kept = not self.is_binned or self._keeps_maps
+        if self._heads == 1:  # the next chunk may write over the weights
+            return weights[:, 0].clone() if is_kept else weights[:, 0]
+        if is_kept:
             return weights.sum(1)
         batch, _, *rest = weights.shape
         return torch.sum(weights, 1, out=self._buffers.take("total", (batch, *rest), weights))

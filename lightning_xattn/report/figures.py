@@ -147,7 +147,11 @@ def epoch_figures(
                 for title, column in compared.items()
             },
             names,
-            nulls={title: summary.alignment_null for title, column in compared.items() if column == ALIGNMENT},
+            nulls={
+                title: summary.alignment_null
+                for title, column in compared.items()
+                if column == ALIGNMENT and not summary.is_binned  # which is of bins, and has less noise
+            },
             classes_by=grouping,
             group_noun=summary.group_noun,
             context=context,
@@ -182,7 +186,8 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     outcomes = ("correct", "incorrect")
     panels = []
     if "alignment/all" in known:
-        null = "null", over("alignment/null")
+        # A null of bins has less noise than the alignment of cells.
+        null = ("", []) if "alignment_of_bins" in known else ("null", over("alignment/null"))
         panels.append(Panel("alignment", draw_each("alignment/", outcomes), (-1, 1), null))
     if any(name.startswith("entropy/") for name in known):
         panels.append(Panel("entropy", draw_each("entropy/", outcomes), (0, 1)))

@@ -109,9 +109,12 @@ def _list_counts(summary: LayerSummary, undefined: Mapping[str, str], other_leng
     elif reason := undefined.get("alignment_null"):
         yield "Alignment between different samples", f"undefined ({reason})", ()
     else:
-        null = summary.alignment_null
-        excess = decimal(summary.mean(ALIGNMENT) - null, 3)
-        yield "Alignment between different samples", f"{decimal(null, 3)} (the mean alignment minus this: {excess})", ()
+        null, of_maps = summary.alignment_null, summary.alignment_of_maps
+        what = (
+            f"the mean alignment of these bins, {decimal(of_maps, 3)}," if summary.is_binned else "the mean alignment"
+        )
+        text = f"{decimal(null, 3)} ({what} minus this: {decimal(of_maps - null, 3)})"
+        yield "Alignment between different samples" + (", over bins" if summary.is_binned else ""), text, ()
     for name in map(str, summary.heads):
         if name in undefined:
             yield name_direction(name), undefined[name], ()

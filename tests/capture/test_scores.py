@@ -34,6 +34,7 @@ def recorded(case):
         key_mask[1, 3:5] = key_mask[2, AUDIO:] = False
     elif case == "mask":
         visible = torch.rand(1, 1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(3)) > 0.4
+        visible[..., 1, :] = False  # a query that sees no key, though other tokens see it
     elif case == "causal":
         places = torch.arange(TOKENS)[None]
         scores = Scores(scores.query, scores.key, query_places=places, key_places=places)
@@ -51,9 +52,11 @@ def as_masks(places):
     return mask
 
 
+@pytest.mark.parametrize("chunk", [2**20, BATCH * HEADS * TOKENS * 2], ids=["at once", "in chunks"])
 @pytest.mark.parametrize("kind", ["spans", "masks", "other places"])
 @pytest.mark.parametrize("case", ["plain", "padding", "mask", "causal", "bias"])
-def test_a_block_of_scores_is_that_of_the_weights(case, kind):
+def test_a_block_of_scores_is_that_of_the_weights(case, kind, chunk, monkeypatch):
+    monkeypatch.setattr("lightning_xattn.functional.row_chunks.CHUNK", chunk)
     audio, text = slice(0, AUDIO), slice(AUDIO, AUDIO + TEXT)
     if kind != "spans":
         audio, text = map(as_masks, (audio, text))
@@ -123,6 +126,37 @@ def test_what_a_model_changes_afterwards_is_not_what_was_in_force():
     bias = torch.zeros(TEXT).index_fill(0, torch.tensor([0]), -1.0)
     expected = (query @ key.mT * WIDTH**-0.5 + bias).softmax(-1)
     torch.testing.assert_close(prepare_rows(pair.forward).weights, expected)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_of_several_layers_is_copied_once(changes, inference):
+    class Kernel(nn.Module):
+        def forward(self, asks, asked, mask):
+            return F.scaled_dot_product_attention(asks, asked, asked, attn_mask=mask)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.audio_to_text_attn, self.text_to_audio_attn = Kernel(), Kernel()
+
+        def forward(self, audio, text):
+            mask = torch.zeros(1, 1, TEXT, TEXT)
+            mask[..., 0] = -5.0
+            one = self.audio_to_text_attn(audio, text, mask)
+            if changes:
+                mask.zero_()
+            return one + self.text_to_audio_attn(text, audio, mask)
+
+    audio, text = (torch.randn(BATCH, HEADS, TEXT, WIDTH) for _ in range(2))
+    paths = {"audio_to_text": "audio_to_text_attn", "text_to_audio": "text_to_audio_attn"}
+    with torch.inference_mode(inference), AttentionRecorder(model := Model(), paths) as recorder:
+        model(audio, text)
+        (pair,) = recorder.attention
+        (there,), (back,) = (one.source.biases for one in pair.directions)
+        assert (there.data_ptr() == back.data_ptr()) is not changes
+        assert there[..., 0].eq(-5).all()
+        assert back[..., 0].eq(0 if changes else -5).all()
 
 
 def test_an_unmasked_joint_sequence_of_kernels_keeps_scores():

@@ -45,6 +45,9 @@ def make_scores(seed=0, heads=HEADS, scale=2.0):
 
 def make_masks(case, seed=1):
     """Arguments of both directions."""
+    if case == "by head, for all queries":
+        shown = torch.rand(BATCH, HEADS, 1, KEYS, generator=torch.Generator().manual_seed(seed)) > 0.3
+        return {"visible": shown}, {}
     generator = torch.Generator().manual_seed(seed)
     keys, queries = (torch.rand(BATCH, n, generator=generator) > 0.2 for n in (KEYS, QUERIES))
     padding = {"key_mask": keys, "query_mask": queries}, {"key_mask": queries, "query_mask": keys}
@@ -95,7 +98,7 @@ def expected_numbers(there, back, b):
 
 
 @pytest.mark.usefixtures("small_chunks", "kept", "looks")
-@pytest.mark.parametrize("case", ["none", "padding", "one mask", "by head"])
+@pytest.mark.parametrize("case", ["none", "padding", "one mask", "by head", "by head, for all queries"])
 @pytest.mark.parametrize("kind", ["scores", "weights", "half"])
 def test_every_number_is_the_references(case, kind):
     directions = zip((DIRECTION, DIRECTION.opposite), make_scores(), make_masks(case), strict=True)
@@ -149,6 +152,34 @@ def test_attention_of_one_head_stays_as_it_is(kind):
     F.prepare_layer(there, back)
     for one, weights in zip((there, back), before, strict=True):
         assert one.weights.equal(weights)
+
+
+@pytest.mark.usefixtures("small_chunks", "kept")
+@pytest.mark.parametrize("tokens", [(QUERIES, KEYS), (60, 61)], ids=["in bins", "of each token"])
+def test_one_heads_chunks_do_not_write_over_each_other(tokens):
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(BATCH, 1, n, WIDTH, generator=generator) for n in tokens)
+    scores = Attention(DIRECTION, Scores(first, second)), Attention(DIRECTION.opposite, Scores(second, first))
+    found, expected = (F.prepare_layer(*(of_kind(one, kind) for one in scores)) for kind in ("scores", "weights"))
+    torch.testing.assert_close(found.comparison.alignment, expected.comparison.alignment, rtol=1e-4, atol=1e-5)
+    for one, other in zip(found.directions, expected.directions, strict=True):
+        torch.testing.assert_close(one.map_weights, other.map_weights)
+
+
+def test_a_score_of_minus_infinity_is_a_weight_of_0():
+    scores, _ = make_scores()
+    key = scores.key.clone()
+    key[..., 3, :] = torch.tensor([-torch.inf, 0, 0, 0, 0])
+    query = scores.query.clone()
+    query[..., 0] = query[..., 0].abs() + 1
+    query[..., 1:] = query[..., 1:] * (query[..., 1:] != 0)
+    one = Scores(query, key.nan_to_num(nan=0.0))
+    rows = F.prepare_rows(Attention(DIRECTION, one))
+    weights = one.weights()
+    sound = weights.isfinite().all(-1)
+    assert rows.valid.equal(sound)
+    other = F.prepare_rows(Attention(DIRECTION, weights))
+    torch.testing.assert_close(rows.entropy, other.entropy, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_chunks", "kept")
