@@ -381,11 +381,11 @@ class AttentionMode(TorchFunctionMode):
 
     def keep(self, mask: Tensor, what: str, make: Callable[[Tensor], Tensor]) -> Tensor:
         """See ``ReaderContext``."""
-        known = (one for address, *one in self._masks if _are_unchanged(mask, address, one[0]))
-        copied, made = next(known, (None, None))
-        if copied is None or made is None:
-            copied, made = mask.detach().clone(), {}
-            self._masks.append((Address.of(mask), copied, made))
+        kept = next((one for one in self._masks if _are_unchanged(mask, *one[:2])), None)
+        if kept is None:
+            kept = Address.of(mask), mask.detach().clone(), dict[str, Tensor]()
+            self._masks.append(kept)
+        _, copied, made = kept
         if what not in made:
             made[what] = make(copied)
         return made[what]
