@@ -115,7 +115,7 @@ def cross_fit(features: Tensor, encoded: Encoded, shrinkage: float | str, temper
     with (
         patch.object(probe, "discriminant", partial(probe.discriminant, shrinkage=shrinkage)),
         patch.object(probe, "discriminant_of_few", partial(probe.discriminant_of_few, shrinkage=shrinkage)),
-        patch.object(probe, "find_factors", probe.find_factors if tempered else lambda _, first: first),
+        patch.object(probe, "inverse_temperatures", probe.inverse_temperatures if tempered else lambda _, first: first),
     ):
         return functional.cross_fitted_probe(features, target, folds, int(target.max()) + 1)
 

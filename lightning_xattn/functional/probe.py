@@ -19,7 +19,7 @@ from lightning_xattn.core import chunks
 from lightning_xattn.core.ids import hashed
 from lightning_xattn.functional.discriminant import discriminant, discriminant_of_few
 from lightning_xattn.functional.linear_probe import LinearProbe
-from lightning_xattn.functional.temperature import Block, find_factors
+from lightning_xattn.functional.temperature import ScoredSamples, inverse_temperatures
 
 FOLDS = 5
 """How many folds, each predicted by a fit without it; no fit has seen the sample that it predicts, or its group."""
@@ -75,7 +75,10 @@ class _Sums(NamedTuple):
     def of(cls, features: Tensor, places: Tensor, folds: Tensor, n_classes: int) -> _Sums:
         pairs, index = (folds * n_classes + places).unique(return_inverse=True)
         sums = features.new_zeros(len(pairs), features.shape[1]).index_add(0, index, features)
-        products = torch.stack([x.T @ x for x in (features[folds == fold] for fold in range(FOLDS))])
+        products = features.new_empty(FOLDS, features.shape[1], features.shape[1])
+        for fold, out in enumerate(products):
+            x = features[folds == fold]
+            torch.mm(x.T, x, out=out)
         return cls(pairs // n_classes, pairs % n_classes, index.bincount().double(), sums, products)
 
     def select(self, columns: Tensor) -> _Sums:
@@ -159,8 +162,8 @@ class _CrossFit:
             found = self._features[rows] @ weights[fits].flatten(0, 1).T
             scores[rows] = found.view(len(found), *bias[fits].shape) + bias[fits]
         others = self._folds[:, None] != torch.arange(FOLDS)
-        block = Block(scores, self._place.clamp_min(0), others & self._fitted[:, None])
-        factors = find_factors(lambda: [block], scores.new_ones(FOLDS))
+        block = ScoredSamples(scores, self._place.clamp_min(0), others & self._fitted[:, None])
+        factors = inverse_temperatures(lambda: [block], scores.new_ones(FOLDS))
         table = factors[self._folds, None] * scores[torch.arange(len(scores)), self._folds]
         table = torch.cat([table, torch.full_like(table[:1], torch.nan)])  # where there is no place, it is the last
         return lambda rows, classes: table[places[rows]][:, classes]
@@ -192,18 +195,18 @@ class _CrossFit:
     def _find_factor(self, left_out: Sequence[tuple[int, ...]]) -> Tensor:
         """`inverse_temperature` of the samples of each first fold, by the fit without these folds."""
 
-        def blocks(share: float = 1.0) -> Iterator[Block]:
+        def blocks(share: float = 1.0) -> Iterator[ScoredSamples]:
             for folds in left_out:
                 weights, bias = self._fit_without(*folds)
                 seen = self._seen[folds[0]]
                 for rows in seen[: math.ceil(share * len(seen))].split(chunks.rows_at_once(len(self.classes))):
-                    yield Block((self._features[rows] @ weights.T + bias)[:, None], self._place[rows])
+                    yield ScoredSamples((self._features[rows] @ weights.T + bias)[:, None], self._place[rows])
 
         cells = len(self.classes) * sum(len(self._seen[folds[0]]) for folds in left_out)
         # The factor of a part of the samples is near that of all, so that few steps go through all.
         some = list(blocks(min(1.0, chunks.KEPT_CELLS / max(1, cells))))
-        factor = find_factors(lambda: some, self._features.new_ones(1))
-        return factor if cells <= chunks.KEPT_CELLS else find_factors(blocks, factor)
+        factor = inverse_temperatures(lambda: some, self._features.new_ones(1))
+        return factor if cells <= chunks.KEPT_CELLS else inverse_temperatures(blocks, factor)
 
     def _fit_without(self, *folds: int) -> tuple[Tensor, Tensor]:
         key = tuple(sorted(folds))

@@ -1,4 +1,4 @@
-"""The temperature of a classifier's scores (Guo et al. 2017)."""
+"""Which temperature makes a classifier's scores probabilities? That with the smallest log loss (Guo et al. 2017)."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def inverse_temperature(scores: Tensor, target: Tensor) -> float:
     0.55
     """
     rows = chunks.rows_at_once(scores.shape[1])
-    blocks = [Block(one[:, None], own) for one, own in zip(scores.split(rows), target.split(rows), strict=True)]
-    return float(find_factors(lambda: blocks, torch.ones(1).double()))
+    blocks = [ScoredSamples(one[:, None], own) for one, own in zip(scores.split(rows), target.split(rows), strict=True)]
+    return float(inverse_temperatures(lambda: blocks, torch.ones(1).double()))
 
 
-class Block:
+class ScoredSamples:
     """Scores of some samples by several fits, each with its own factor.
 
     Parameters
@@ -57,6 +57,12 @@ class Block:
         ``(samples,)``.
     counts
         ``(samples, fits)`` bool, which of them count; None: all.
+
+    Examples
+    --------
+    >>> block = ScoredSamples(torch.tensor([[[2.0, 0.0]]]).double(), target=torch.tensor([0]))
+    >>> block.derive(torch.zeros(1).double())[0].tolist()  # both classes are as likely
+    [-1.0]
     """
 
     def __init__(self, scores: Tensor, target: Tensor, counts: Tensor | None = None) -> None:
@@ -67,7 +73,7 @@ class Block:
         self._of_class = torch.where(known, of_class - scores.amax(2), 0)
 
     def derive(self, factors: Tensor) -> Tensor:
-        """``(2, fits)`` the first and second derivative of the log loss by the factor."""
+        """``(2, fits)`` the first and second derivative of the sum of log losses by the factors, ``(fits,)``."""
         # There may be many scores: each term is made in the place of the one before.
         terms = (factors[:, None] * self._scores).exp_()
         whole = terms.sum(2)
@@ -76,10 +82,27 @@ class Block:
         return torch.stack([(expected - self._of_class).sum(0), (squared - expected.square()).sum(0)])
 
 
-def find_factors(blocks: Callable[[], Iterable[Block]], first: Tensor) -> Tensor:
-    """`inverse_temperature` of several fits, of samples in blocks, which are asked for in each step.
+def inverse_temperatures(blocks: Callable[[], Iterable[ScoredSamples]], first: Tensor) -> Tensor:
+    """`inverse_temperature` of several fits, of samples in blocks.
 
-    ``first`` are ``(fits,)`` factors to start from: the nearer, the fewer steps.
+    Parameters
+    ----------
+    blocks
+        Gives the blocks, in each step anew.
+    first
+        ``(fits,)`` float64 factors to start from: the nearer, the fewer steps.
+
+    Returns
+    -------
+    Tensor
+        ``(fits,)`` float64.
+
+    Examples
+    --------
+    >>> scores = torch.tensor([[[2.0, 0.0], [4.0, 0.0]]] * 4).double()  # of two fits
+    >>> block = ScoredSamples(scores, target=torch.tensor([0, 0, 0, 1]))
+    >>> [round(one, 2) for one in inverse_temperatures(lambda: [block], torch.ones(2).double()).tolist()]
+    [0.55, 0.27]
     """
     low, high, factor, highest = torch.full_like(first, LEAST_FACTOR), torch.ones_like(first), first, first
     done = torch.zeros_like(first, dtype=torch.bool)
