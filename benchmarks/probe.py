@@ -12,6 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ from benchmarks.timing import median_seconds
 from lightning_xattn import functional
 from lightning_xattn.functional import pooling as token_pooling
 from lightning_xattn.functional import probe
+from lightning_xattn.functional.discriminant import SHRINKAGE
 from lightning_xattn.functional.support import LEAST_LOG_PROBABILITY
 from lightning_xattn.hms import HMSLightningModule
 
@@ -110,10 +112,10 @@ def cross_fit(features: Tensor, encoded: Encoded, shrinkage: float | str, temper
     target, folds = encoded.target, functional.assign_folds(encoded.group)
     if isinstance(shrinkage, str):
         return cross_fit_ledoit_wolf(features, encoded, folds)
-    plain, temperature = probe.discriminant, probe._find_factor if tempered else lambda *_: 1.0
     with (
-        patch.object(probe, "discriminant", lambda n, x, xx, *_: plain(n, x, xx, shrinkage)),
-        patch.object(probe, "_find_factor", temperature),
+        patch.object(probe, "discriminant", partial(probe.discriminant, shrinkage=shrinkage)),
+        patch.object(probe, "discriminant_of_few", partial(probe.discriminant_of_few, shrinkage=shrinkage)),
+        patch.object(probe, "inverse_temperatures", probe.inverse_temperatures if tempered else lambda _, first: first),
     ):
         return functional.cross_fitted_probe(features, target, folds, int(target.max()) + 1)
 
@@ -180,13 +182,11 @@ def print_choice(encoded: dict[str, list[Encoded]]) -> None:
 
 def print_temperature(encoded: dict[str, list[Encoded]]) -> None:
     """What the temperature brings at the product's own setting."""
-    print(f"\nlog loss in nats (mean confidence minus accuracy) at shrinkage {probe.SHRINKAGE}, all blocks")
+    print(f"\nlog loss in nats (mean confidence minus accuracy) at shrinkage {SHRINKAGE}, all blocks")
     print("| temperature | " + " | ".join(encoded) + " |")
     print("| --- " * (1 + len(encoded)) + "|")
     for tempered in (True, False):
-        scores = [
-            measure(several, 3, token_pooling.POOLED_WIDTH, probe.SHRINKAGE, tempered) for several in encoded.values()
-        ]
+        scores = [measure(several, 3, token_pooling.POOLED_WIDTH, SHRINKAGE, tempered) for several in encoded.values()]
         cells = [f"{score.loss:.3f} ({score.overconfidence:+.2f})" for score in scores]
         print(f"| {'with' if tempered else 'without'} | {' | '.join(cells)} |", flush=True)
 

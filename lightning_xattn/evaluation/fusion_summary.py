@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import combinations
 from typing import Literal
 
@@ -178,8 +178,10 @@ class FusionSummary:
             self._add_contributions(contributions)
         self.replaced = replaced
         for direction, one in replaced.items():
-            for name in ("gain", "reference", "cost"):
-                self.numbers[f"{name}/{direction}"] = self._spread(one.samples, getattr(one, name))
+            spread = self._spreader(one.samples)
+            self.numbers |= {
+                f"{name}/{direction}": spread(getattr(one, name)) for name in ("gain", "reference", "cost")
+            }
 
     def __repr__(self) -> str:
         size = describe_size(self.samples, self.known_groups, self.group_noun)
@@ -343,18 +345,22 @@ class FusionSummary:
             return f"no sample has all modalities: {say_missing(self.missing)}"
         return "what enters the fusion is not finite in any sample"
 
-    def _spread(self, samples: Tensor, values: Tensor) -> Tensor:
-        """The values of some samples, ``(n, 2)`` of ``IDENTITY``, in the places of all; NaN elsewhere."""
+    def _spreader(self, samples: Tensor) -> Callable[[Tensor], Tensor]:
+        """Puts the values of some samples, ``(n, 2)`` of ``IDENTITY``, in the places of all; NaN elsewhere."""
         identities = torch.stack([self.rows[name] for name in IDENTITY], dim=1).tolist()
         place = {tuple(one): i for i, one in enumerate(identities)}
         places = torch.tensor([place.get(tuple(one), -1) for one in samples.tolist()], dtype=torch.long)
         known = places >= 0
-        whole = torch.full((self.samples,), torch.nan, dtype=torch.float64)
-        whole[places[known]] = values[known].double()
-        return whole
+
+        def spread(values: Tensor) -> Tensor:
+            whole = torch.full((self.samples,), torch.nan, dtype=torch.float64)
+            whole[places[known]] = values[known].double()
+            return whole
+
+        return spread
 
     def _add_contributions(self, found: Contributions) -> None:
-        spread = partial(self._spread, found.samples)
+        spread = self._spreader(found.samples)
         self.pairs, self.whole_runs, self.is_regression = found.pairs, found.whole, found.is_regression
         for i, name in enumerate(self.modalities):
             self.numbers[f"phi/{name}"] = spread(found.phi[:, i])

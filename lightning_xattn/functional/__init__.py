@@ -1,6 +1,7 @@
 """Every number's one definition, as pure functions of tensors (see their docstrings)."""
 
 from lightning_xattn.functional.directions import *
+from lightning_xattn.functional.discriminant import *
 from lightning_xattn.functional.error_detection import *
 from lightning_xattn.functional.faithfulness import *
 from lightning_xattn.functional.heads import *
@@ -15,6 +16,7 @@ from lightning_xattn.functional.row_collector import Rows
 from lightning_xattn.functional.rows import *
 from lightning_xattn.functional.shapley import *
 from lightning_xattn.functional.support import *
+from lightning_xattn.functional.temperature import *
 
 __all__ = [
     "ROW_STATISTICS",
@@ -26,6 +28,7 @@ __all__ = [
     "LinearProbe",
     "Permutation",
     "Rows",
+    "ScoredSamples",
     "Separation",
     "TopPair",
     "added_value",
@@ -45,6 +48,7 @@ __all__ = [
     "cross_fitted_probes",
     "cross_modal_mass",
     "discriminant",
+    "discriminant_of_few",
     "effective_keys",
     "effective_share",
     "entropy",
@@ -59,6 +63,7 @@ __all__ = [
     "head_top_pairs",
     "influence_interval",
     "inverse_temperature",
+    "inverse_temperatures",
     "lift",
     "lift_map",
     "macro_auroc_by_class",

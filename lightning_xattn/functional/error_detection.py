@@ -26,6 +26,9 @@ COVERAGE = 0.8
 
 _CERTAIN = 1e-6
 
+_CONSTANT = 1e-12
+"""A score whose deviation is this part of its mean varies by rounding only."""
+
 
 def error_probabilities(scores: Tensor, wrong: Tensor, folds: Tensor) -> Tensor:
     """The probability that a prediction is wrong, by a logistic regression that has not seen the sample's fold.
@@ -54,39 +57,44 @@ def error_probabilities(scores: Tensor, wrong: Tensor, folds: Tensor) -> Tensor:
     >>> bool(found[wrong].min() > 0.8), bool(found[~wrong].max() < 0.2)
     (True, True)
     """
-    scores, labels = scores.double(), wrong.double()
-    found = torch.full_like(labels, torch.nan)
-    for fold in range(FOLDS):
-        left_out = folds == fold
-        seen = scores[~left_out]
-        deviation = seen.std(0, unbiased=False)
-        scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-        weights = _fit_logistic((seen - seen.mean(0)) / scale, labels[~left_out])
-        found[left_out] = ((scores[left_out] - seen.mean(0)) / scale @ weights[1:] + weights[0]).sigmoid()
-    return found
+    scores, seen = scores.double(), (folds != torch.arange(FOLDS)[:, None]).double()
+    count = seen.sum(1, keepdim=True)
+    mean = seen @ scores / count
+    z = scores - mean[:, None]
+    deviation = ((seen[:, None] @ z.square())[:, 0] / count).sqrt()
+    z /= torch.where(deviation > _CONSTANT * mean.abs(), deviation, 1)[:, None]
+    x = torch.cat([torch.ones_like(z[..., :1]), z], dim=2)
+    weights = _fit_logistic(x * seen[..., None], wrong.double(), count)
+    # Of all fits each sample has the one without its fold.
+    return (x[folds, torch.arange(len(folds))] * weights[folds]).sum(1).sigmoid()
 
 
-def _fit_logistic(z: Tensor, labels: Tensor) -> Tensor:
-    x = torch.cat([torch.ones(len(z), 1, dtype=z.dtype), z], dim=1)
-    penalty = torch.full((x.shape[1],), RIDGE, dtype=z.dtype)
+def _fit_logistic(x: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+    """``(fits, terms)`` weights of all fits at once.
+
+    ``x`` is ``(fits, samples, terms)``, 1 in the first, and 0 in a row that a fit leaves out, so that it adds nothing;
+    ``count`` is ``(fits, 1)`` how many it keeps.
+    """
+    penalty = torch.full_like(x[0, 0], RIDGE)
     penalty[0] = 0
-    weights = torch.zeros_like(penalty)
-    mean = labels.mean().clamp(_CERTAIN, 1 - _CERTAIN)
-    weights[0] = mean.logit()
+    weights = torch.zeros_like(x[:, 0])
+    weights[:, 0] = ((x[..., 0] @ labels) / count[:, 0]).clamp(_CERTAIN, 1 - _CERTAIN).logit()
 
-    def loss(of: Tensor) -> float:
-        scores = x @ of
-        return float((torch.nn.functional.softplus(scores) - labels * scores).sum() + (penalty * of.square()).sum() / 2)
+    def loss(of: Tensor) -> Tensor:
+        scores = (x @ of[..., None])[..., 0]
+        return (torch.nn.functional.softplus(scores) - labels * scores).sum(1) + (penalty * of.square()).sum(1) / 2
 
     for _ in range(50):
-        p = (x @ weights).sigmoid()
-        gradient = x.T @ (p - labels) + penalty * weights
-        if float(gradient.abs().max()) < 1e-8 * len(x):
+        p = (x @ weights[..., None])[..., 0].sigmoid()
+        gradient = ((p - labels)[:, None] @ x)[:, 0] + penalty * weights
+        moves = gradient.abs().amax(1, keepdim=True) >= 1e-8 * count
+        if not moves.any():
             break
-        curvature = (x.T * (p * (1 - p))) @ x + torch.diag(penalty) + 1e-9 * torch.eye(len(penalty), dtype=x.dtype)
-        step, before, size = torch.linalg.solve(curvature, gradient), loss(weights), 1.0
-        while loss(weights - size * step) > before and size > 1e-6:
-            size /= 2
+        curvature = (x.mT * (p * (1 - p))[:, None]) @ x + torch.diag(penalty + 1e-9)
+        step = torch.where(moves, torch.linalg.solve(curvature, gradient), 0)
+        before, size = loss(weights), torch.ones_like(count)
+        while (too_far := (loss(weights - size * step) > before)[:, None] & (size > 1e-6)).any():
+            size = torch.where(too_far, size / 2, size)
         weights = weights - size * step
     return weights
 

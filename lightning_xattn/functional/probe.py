@@ -1,14 +1,15 @@
 """What does each modality say on its own? A closed-form linear probe (Alain & Bengio 2016) on its encoder's output.
 
 Linear discriminant analysis of standardised features with shrinkage, cross-fitted, with a temperature: no training, no
-optimiser, no gradient. Everything is computed in float64 from counts, sums and sums of products.
+optimiser, no gradient. Everything is computed in float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
+from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from lightning_xattn.core import chunks
 from lightning_xattn.core.ids import hashed
+from lightning_xattn.functional.discriminant import discriminant, discriminant_of_few
 from lightning_xattn.functional.linear_probe import LinearProbe
-
-SHRINKAGE = 0.1
-"""How far the correlations of features are drawn towards 0, in (0, 1]: chosen by ``python -m benchmarks.probe``."""
+from lightning_xattn.functional.temperature import ScoredSamples, inverse_temperatures
 
 FOLDS = 5
 """How many folds, each predicted by a fit without it; no fit has seen the sample that it predicts, or its group."""
@@ -27,19 +27,10 @@ FOLDS = 5
 LEAST_OF_A_CLASS = 10
 """A probe needs two classes with at least this number of samples each."""
 
-LEAST_FACTOR, PRECISION = 0.01, 1e-7
-"""The smallest factor of `inverse_temperature`, and how precise it is."""
-
-NEAR = 1e-4
-"""Where a step of Newton's method changes less than this part, what it gives is as precise as `PRECISION`."""
-
 JOINT = "joint"
 """The name of the probe on the features of all modalities."""
 
 _FOLD_SALT = 1
-
-_CONSTANT = 1e-12
-"""A feature whose variance within classes is this part of its variance varies by rounding only."""
 
 
 def assign_folds(groups: Tensor) -> Tensor:
@@ -67,146 +58,48 @@ def assign_folds(groups: Tensor) -> Tensor:
     return turn[index] % FOLDS
 
 
-def discriminant(counts: Tensor, sums: Tensor, products: Tensor, shrinkage: float = SHRINKAGE) -> tuple[Tensor, Tensor]:
-    """Fit linear discriminant analysis of standardised features with shrinkage.
-
-    With class means ``mu_c``, the pooled within-class covariance ``S`` (n minus the number of classes in its
-    denominator), its deviations ``D = diag(S)^1/2`` and ``S' = D ((1 - shrinkage) D^-1 S D^-1 + shrinkage I) D``, the
-    log probability of class c is, but for a constant, ``x' S'^-1 mu_c - 1/2 mu_c' S'^-1 mu_c + ln prior_c``. So the
-    units in which features are measured do not matter. Features that are constant within classes are left out.
-
-    Parameters
-    ----------
-    counts
-        ``(classes,)`` samples of each class, float64.
-    sums
-        ``(classes, width)`` sums of their features.
-    products
-        ``(width, width)`` sum over all samples of the outer product of their features with themselves.
-    shrinkage
-        In (0, 1].
-
-    Returns
-    -------
-    weights, bias
-        ``(classes, width)`` and ``(classes,)``: ``softmax(x @ weights.T + bias)`` are the probabilities. The bias of a
-        class without samples is minus infinity. NaN with fewer than two classes, no more samples than classes, or
-        features that do not vary within classes.
-
-    Examples
-    --------
-    >>> features = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64)  # two of each class
-    >>> counts, sums = torch.tensor([2.0, 2.0]).double(), torch.tensor([[-2.0], [2.0]]).double()
-    >>> coefficients, constants = discriminant(counts, sums, products=(features @ features)[None, None])
-    >>> coefficients.round(decimals=6).tolist()  # the means, -1 and 1, over the variance within classes, 0.5
-    [[-2.0], [2.0]]
-    """
-    present = counts > 0
-    freedom = counts.sum() - present.sum()
-    means = torch.where(present[:, None], sums / counts.clamp_min(1)[:, None], 0)
-    # Large matrices, of which there are dozens, are changed in place.
-    within = torch.addmm(products, means.T, counts[:, None] * means, alpha=-1).div_(freedom)
-    variances = within.diagonal().clone()
-    kept = variances * freedom > _CONSTANT * products.diagonal()
-    if present.sum() < 2 or freedom < 1 or not bool(kept.any()):
-        return torch.full_like(means, torch.nan), torch.full_like(counts, torch.nan)
-    if not bool(kept.all()):
-        weights = torch.zeros_like(means)
-        weights[:, kept], bias = discriminant(counts, sums[:, kept], products[kept][:, kept], shrinkage)
-        return weights, bias
-    deviations = variances.sqrt()
-    shrunk = within.div_(deviations).mul_((1 - shrinkage) / deviations[:, None])
-    shrunk.diagonal().add_(shrinkage)
-    scaled = (means / deviations).T
-    weights = torch.cholesky_solve(scaled, torch.linalg.cholesky(shrunk)).T / deviations
-    bias = (counts / counts.sum()).log() - (weights * means).sum(1) / 2
-    return weights, bias
-
-
-def inverse_temperature(scores: Tensor, target: Tensor) -> float:
-    """The factor of scores at which their softmax has the smallest log loss (temperature scaling, Guo et al. 2017).
-
-    Parameters
-    ----------
-    scores
-        ``(samples, classes)`` float64 of samples that no fit of them has seen; minus infinity rules a class out.
-    target
-        ``(samples,)`` int64 class ids. Samples whose class is ruled out, or with NaN, do not count.
-
-    Returns
-    -------
-    float
-        In [0.01, 1]; 1 without a sample. Scores are not sharpened: samples that are all right would do so without end.
-
-    Examples
-    --------
-    >>> scores = torch.tensor([[2.0, 0.0]] * 4).double()  # right for three of four: 0.55 * 2 is ln 3
-    >>> round(inverse_temperature(scores, target=torch.tensor([0, 0, 0, 1])), 2)
-    0.55
-    """
-    rows = chunks.rows_at_once(scores.shape[1])
-    blocks = [_prepare_block(*one) for one in zip(scores.split(rows), target.split(rows), strict=True)]
-    return _find_factor(lambda: blocks)
-
-
-_RULED_OUT = -1e100
-"""In the place of minus infinity: its exponential is 0, and its square is a number."""
-
-_Block = tuple[Tensor, Tensor]
-"""Of some samples: ``(samples, classes)`` scores less the largest of each sample, and ``(samples,)`` of its class."""
-
-
-def _prepare_block(scores: Tensor, target: Tensor) -> _Block:
-    of_class = scores.gather(1, target[:, None])[:, 0]
-    counts = of_class.isfinite()
-    if not bool(counts.all()):
-        scores, of_class = scores[counts], of_class[counts]
-    largest = scores.amax(1)
-    return (scores - largest[:, None]).clamp_min_(_RULED_OUT), of_class - largest
-
-
-def _find_factor(blocks: Callable[[], Iterable[_Block]], first: float = 1.0) -> float:
-    """`inverse_temperature` of samples in blocks, which are asked for in each step; the nearer the first, the fewer."""
-    low, high, factor, highest = LEAST_FACTOR, 1.0, first, first
-    for _ in range(50):  # the log loss is convex: Newton's method, or half the interval where that leaves it
-        count, slope, curvature = 0, 0.0, 0.0
-        for scores, of_class in blocks():
-            # There may be many scores: each term is made in the place of the one before.
-            terms = (factor * scores).exp_()
-            whole = terms.sum(1)
-            expected = terms.mul_(scores).sum(1) / whole
-            squared = terms.mul_(scores).sum(1) / whole
-            count += len(scores)
-            slope += float((expected - of_class).sum())
-            curvature += float((squared - expected.square()).sum())
-        if not count:
-            return 1.0
-        low, high = (low, factor) if slope > 0 else (factor, high)
-        following = factor - slope / curvature if curvature > 0 else math.inf
-        if following >= high > highest:
-            following = highest = high
-        elif not low < following < high:
-            following = (low + high) / 2
-        elif abs(following - factor) < NEAR * factor:
-            return following
-        if high - low < PRECISION:
-            return following
-        factor = following
-    return factor
-
-
 class _Sums(NamedTuple):
-    """Of some samples: which classes they have, how many of each, their features' sums, and the sum of the products."""
+    """Of the samples of each class in each fold their number and their features' sum; of each fold the products' sum.
 
-    classes: Tensor
+    ``folds``, ``places`` and ``counts`` are ``(pairs of a fold and a class,)``, ``sums`` ``(pairs, width)`` and
+    ``products`` ``(FOLDS, width, width)``.
+    """
+
+    folds: Tensor
+    places: Tensor
     counts: Tensor
     sums: Tensor
     products: Tensor
 
+    @classmethod
+    def of(cls, features: Tensor, places: Tensor, folds: Tensor, n_classes: int) -> _Sums:
+        pairs, index = (folds * n_classes + places).unique(return_inverse=True)
+        sums = features.new_zeros(len(pairs), features.shape[1]).index_add(0, index, features)
+        products = features.new_empty(FOLDS, features.shape[1], features.shape[1])
+        for fold, out in enumerate(products):
+            x = features[folds == fold]
+            torch.mm(x.T, x, out=out)
+        return cls(pairs // n_classes, pairs % n_classes, index.bincount().double(), sums, products)
+
+    def select(self, columns: Tensor) -> _Sums:
+        """The same of these features."""
+        products = torch.stack([one[columns][:, columns] for one in self.products])
+        return self._replace(sums=self.sums[:, columns], products=products)
+
+    def fit(self, used: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+        """Fits of the folds that ``used``, ``(fits, FOLDS)`` of 0 and 1, says."""
+        counts, sums = used[:, self.folds] * self.counts, used[:, self.folds, None] * self.sums
+        return discriminant(
+            counts.new_zeros(len(used), n_classes).index_add(1, self.places, counts),
+            sums.new_zeros(len(used), n_classes, sums.shape[2]).index_add(1, self.places, sums),
+            (used @ self.products.flatten(1)).unflatten(1, self.products.shape[1:]),
+        )
+
 
 class _CrossFit:
-    """Fits without one or two folds, of some of the features: all from the sums of each fold.
+    """Fits without one or two folds, of some of the features.
 
+    Where there are more samples than features, all fits come from the sums of each fold; else from the samples.
     Classes that no sample has take no place: a few thousand samples show only a part of 10,000 classes.
 
     Parameters
@@ -220,20 +113,20 @@ class _CrossFit:
     """
 
     def __init__(self, features: Tensor, target: Tensor, folds: Tensor, fitted: Tensor) -> None:
-        self._features, self._folds = features, folds
+        self._features, self._folds, self._fitted = features, folds, fitted
         self.classes, place = target[fitted].unique(return_inverse=True)
         self._place = torch.full_like(target, -1)
         self._place[fitted] = place
         self._seen = [((folds == fold) & fitted).nonzero()[:, 0] for fold in range(FOLDS)]
-        self._parts = [self._sum(rows) for rows in self._seen]
-        self._total = self._sum(fitted.nonzero()[:, 0])
+        self._sums = self._sum()
         self._kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def _sum(self, rows: Tensor) -> _Sums:
-        x = self._features[rows]
-        classes, index = self._place[rows].unique(return_inverse=True)
-        sums = x.new_zeros(len(classes), x.shape[1]).index_add(0, index, x)
-        return _Sums(classes, index.bincount(minlength=len(classes)).double(), sums, x.T @ x)
+    def _sum(self) -> _Sums | None:
+        """None where samples are fewer than features."""
+        rows = self._fitted.nonzero()[:, 0]
+        if len(rows) < self._features.shape[1]:
+            return None
+        return _Sums.of(self._features[rows], self._place[rows], self._folds[rows], len(self.classes))
 
     def select(self, columns: Tensor) -> _CrossFit:
         """The fits of these features."""
@@ -241,10 +134,7 @@ class _CrossFit:
             return self
         same = copy(self)
         same._features, same._kept = self._features[:, columns], {}
-        same._total, *same._parts = (
-            _Sums(one.classes, one.counts, one.sums[:, columns], one.products[columns][:, columns])
-            for one in (self._total, *self._parts)
-        )
+        same._sums = same._sum() if self._sums is None else self._sums.select(columns)
         return same
 
     def probe(self, places: Tensor, n_classes: int) -> LinearProbe:
@@ -257,6 +147,28 @@ class _CrossFit:
         n_classes
             How many classes there are.
         """
+        # The scores of each sample, or the weights of all pairs of folds, are about so many.
+        cells = FOLDS * len(self.classes) * max(len(self._features), (FOLDS + 1) // 2 * self._features.shape[1])
+        score = self._score_at_once(places) if cells <= chunks.CELLS else self._score_on_demand(places)
+        return LinearProbe(score, len(places), self.classes, n_classes)
+
+    def _score_at_once(self, places: Tensor) -> Callable[[Tensor, Tensor | slice], Tensor]:
+        pairs = [*combinations_with_replacement(range(FOLDS), 2)]
+        weights, bias = self._fit(pairs)
+        # Each sample by the fits without its fold and another one; without its own twice it is without that alone.
+        scores = self._features.new_empty(len(self._features), *bias[:FOLDS].shape)
+        for fold in range(FOLDS):
+            fits, rows = [pairs.index((min(fold, one), max(fold, one))) for one in range(FOLDS)], self._folds == fold
+            found = self._features[rows] @ weights[fits].flatten(0, 1).T
+            scores[rows] = found.view(len(found), *bias[fits].shape) + bias[fits]
+        others = self._folds[:, None] != torch.arange(FOLDS)
+        block = ScoredSamples(scores, self._place.clamp_min(0), others & self._fitted[:, None])
+        factors = inverse_temperatures(lambda: [block], scores.new_ones(FOLDS))
+        table = factors[self._folds, None] * scores[torch.arange(len(scores)), self._folds]
+        table = torch.cat([table, torch.full_like(table[:1], torch.nan)])  # where there is no place, it is the last
+        return lambda rows, classes: table[places[rows]][:, classes]
+
+    def _score_on_demand(self, places: Tensor) -> Callable[[Tensor, Tensor | slice], Tensor]:
         factors = [
             self._find_factor([(other, fold) for other in range(FOLDS) if other != fold]) for fold in range(FOLDS)
         ]
@@ -272,7 +184,7 @@ class _CrossFit:
                 found[folds == fold] = factors[fold] * scores
             return found
 
-        return LinearProbe(score, len(places), self.classes, n_classes)
+        return score
 
     def fit(self) -> tuple[Tensor, Tensor]:
         """Weights and bias of a fit on all samples, with the temperature of fits that leave a fold out."""
@@ -280,37 +192,46 @@ class _CrossFit:
         weights, bias = self._fit_without()
         return factor * weights, factor * bias
 
-    def _find_factor(self, left_out: Sequence[tuple[int, ...]]) -> float:
+    def _find_factor(self, left_out: Sequence[tuple[int, ...]]) -> Tensor:
         """`inverse_temperature` of the samples of each first fold, by the fit without these folds."""
 
-        def blocks(share: float = 1.0) -> Iterator[_Block]:
+        def blocks(share: float = 1.0) -> Iterator[ScoredSamples]:
             for folds in left_out:
                 weights, bias = self._fit_without(*folds)
                 seen = self._seen[folds[0]]
                 for rows in seen[: math.ceil(share * len(seen))].split(chunks.rows_at_once(len(self.classes))):
-                    yield _prepare_block(self._features[rows] @ weights.T + bias, self._place[rows])
+                    yield ScoredSamples((self._features[rows] @ weights.T + bias)[:, None], self._place[rows])
 
         cells = len(self.classes) * sum(len(self._seen[folds[0]]) for folds in left_out)
         # The factor of a part of the samples is near that of all, so that few steps go through all.
         some = list(blocks(min(1.0, chunks.KEPT_CELLS / max(1, cells))))
-        factor = _find_factor(lambda: some)
-        return factor if cells <= chunks.KEPT_CELLS else _find_factor(blocks, factor)
+        factor = inverse_temperatures(lambda: some, self._features.new_ones(1))
+        return factor if cells <= chunks.KEPT_CELLS else inverse_temperatures(blocks, factor)
 
     def _fit_without(self, *folds: int) -> tuple[Tensor, Tensor]:
         key = tuple(sorted(folds))
         if key not in self._kept:
-            _, counts, sums, products = (one.clone() for one in self._total)
-            for fold in folds:
-                part = self._parts[fold]
-                counts[part.classes] -= part.counts
-                sums[part.classes] -= part.sums
-                products -= part.products
-            found = discriminant(counts, sums, products)
+            weights, bias = self._fit([key])
             # Of many classes only the last fit is kept.
-            if (len(self._kept) + 1) * found[0].numel() > chunks.KEPT_CELLS:
+            if (len(self._kept) + 1) * weights.numel() > chunks.KEPT_CELLS:
                 self._kept.clear()
-            self._kept[key] = found
+            self._kept[key] = weights[0], bias[0]
         return self._kept[key]
+
+    def _fit(self, left_out: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """``(fits, classes, width)`` and ``(fits, classes)`` without these folds."""
+        width, n_classes = self._features.shape[1], len(self.classes)
+        used = torch.ones(len(left_out), FOLDS).double()
+        for row, folds in zip(used, left_out, strict=True):
+            row[list(folds)] = 0
+        if self._sums is not None:
+            parts = used.split(chunks.rows_at_once(width * (width + n_classes)))
+            weights, bias = zip(*(self._sums.fit(part, n_classes) for part in parts), strict=True)
+            return torch.cat(weights), torch.cat(bias)
+        fitted = (rows.bool()[self._folds] & self._fitted for rows in used)
+        fits = (discriminant_of_few(self._features[rows], self._place[rows], n_classes) for rows in fitted)
+        weights, bias = zip(*fits, strict=True)
+        return torch.stack(weights), torch.stack(bias)
 
 
 def cross_fitted_probes(

@@ -39,6 +39,16 @@ def test_error_models_are_the_references_and_scikit_learns():
         np.testing.assert_allclose(ours[~seen], expected, atol=1e-5)
 
 
+def test_a_score_that_does_not_vary_but_in_the_fold_left_out_changes_nothing():
+    confidence, _, wrong, folds, _ = made_up(151, effect=1)
+    base = functional.error_probabilities(confidence.logit()[:, None], wrong, folds)
+    score = torch.where(folds == 0, 0.7, 0.1).double()
+    model = functional.error_probabilities(torch.stack([confidence.logit(), score], dim=1), wrong, folds)
+    unvaried = functional.error_probabilities(torch.stack([confidence.logit(), score * 0 + 0.1], 1), wrong, folds)
+    torch.testing.assert_close(unvaried, base, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(model[folds == 0], base[folds == 0], rtol=1e-8, atol=1e-10)
+
+
 def test_a_score_that_does_not_vary_and_errors_that_are_separated_have_a_model():
     wrong, folds = torch.arange(50) % 5 == 0, torch.arange(50) // 10
     constant = functional.error_probabilities(torch.full((50, 1), 3.0), wrong, folds)

@@ -41,6 +41,48 @@ def test_the_fit_is_scikit_learns_of_standardised_features():
     np.testing.assert_allclose(bias, shift, rtol=1e-8)
 
 
+@pytest.mark.parametrize(("samples", "width"), [(40, 70), (70, 40), (400, 768), (300, 1536)])
+def test_a_fit_of_few_samples_is_that_of_their_sums(samples, width):
+    """It solves for samples where the other solves for features; of a class without samples, and constant features."""
+    x, target, _ = made_up(samples, width)
+    x, target = x.double() - 100, torch.where(target == 1, 0, target)
+    x[:, 7], x[:, 8] = 3.0, target
+    for few, sums in zip(functional.discriminant_of_few(x, target, CLASSES), fit_sums(x, target), strict=True):
+        torch.testing.assert_close(few, sums, rtol=1e-8, atol=1e-9)
+    for some in ([0, 1], [0]):  # no more samples than classes
+        for numbers in functional.discriminant_of_few(x[some], target[some], CLASSES):
+            assert numbers.isnan().all()
+
+
+def fit_sums(x, target):
+    return functional.discriminant(*sums_of(x, target))
+
+
+@pytest.mark.parametrize(("samples", "width"), [(40, 60), (60, 40)])
+def test_a_fit_is_the_references(samples, width):
+    x, target, _ = made_up(samples, width)
+    x = x.double() - 100
+    expected = reference.discriminant_scores(x.numpy(), target.tolist(), CLASSES)
+    for weights, bias in (functional.discriminant_of_few(x, target, CLASSES), fit_sums(x, target)):
+        np.testing.assert_allclose(x @ weights.T + bias, [expected(one) for one in x.numpy()], rtol=1e-8, atol=1e-9)
+
+
+def test_several_fits_at_once_are_those_one_by_one():
+    """Also where one of them cannot be fitted, and another leaves a feature out."""
+    x, target, _ = made_up(120)
+    x = x.double() - 100
+    parts = [
+        (x[:40], target[:40]),
+        (x[40:80], target[40:80] * 0),
+        (x[80:] * torch.tensor([0, 1, 1, 1, 1]), target[80:]),
+    ]
+    sums = [sums_of(*part) for part in parts]
+    at_once = functional.discriminant(*(torch.stack(one) for one in zip(*sums, strict=True)))
+    for i, alone in enumerate(sums):
+        for ours, expected in zip(at_once, functional.discriminant(*alone), strict=True):
+            torch.testing.assert_close(ours[i], expected, equal_nan=True)
+
+
 def within_deviations(x, target):
     centred = torch.stack([one - x[target == c].mean(0) for one, c in zip(x, target, strict=True)])
     return (centred.square().sum(0) / (len(x) - CLASSES)).sqrt()
@@ -93,8 +135,19 @@ def test_each_sample_is_read_by_a_fit_of_the_other_folds():
     assert (ours.argmax(1) == target).double().mean() > 0.7
 
 
-def test_a_label_of_its_own_fold_changes_no_probe_of_it():
-    x, target, folds = made_up()
+@pytest.mark.parametrize(("samples", "width"), [(50, 60), (66, 60), (70, 30)])
+def test_probes_are_the_references_for_any_number_of_samples(samples, width):
+    """Fewer samples than features, fewer in a fit alone, and more."""
+    x, target, folds = made_up(samples, width)
+    ours = functional.cross_fitted_probes({"a": x[:, :25], "b": x[:, 25:]}, target, folds, CLASSES, [("a", "b")])
+    for names, part in ((("a",), x[:, :25]), (("b",), x[:, 25:]), (("a", "b"), x)):
+        expected = reference.cross_fitted_probe(part.double().numpy(), target.tolist(), folds.tolist(), CLASSES)
+        np.testing.assert_allclose(ours[names].log_probabilities().exp(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [5, 80])
+def test_a_label_of_its_own_fold_changes_no_probe_of_it(width):
+    x, target, folds = made_up(width=width)
     before = functional.cross_fitted_probe(x, target, folds, CLASSES)
     changed = torch.where(folds == 2, (target + 1) % CLASSES, target)
     after = functional.cross_fitted_probe(x, changed, folds, CLASSES)
@@ -260,6 +313,13 @@ def few_cells(monkeypatch):
     """As of many classes: a few samples at a time, and nothing kept but the last fit."""
     monkeypatch.setattr("lightning_xattn.core.chunks.CELLS", 50)
     monkeypatch.setattr("lightning_xattn.core.chunks.KEPT_CELLS", 100)
+
+
+def test_probes_of_few_samples_are_the_same_on_demand(monkeypatch):
+    x, target, folds = made_up(60, width=80)
+    at_once = functional.cross_fitted_probe(x, target, folds, CLASSES)
+    monkeypatch.setattr("lightning_xattn.core.chunks.CELLS", 50)
+    torch.testing.assert_close(functional.cross_fitted_probe(x, target, folds, CLASSES), at_once)
 
 
 def test_a_few_samples_at_a_time_give_the_same_numbers(few_cells):
