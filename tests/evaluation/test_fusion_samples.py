@@ -177,7 +177,7 @@ def test_numbers_of_some_samples_stand_in_their_places_and_those_of_others_nowhe
     samples = torch.stack([fusion.rows["process"], fusion.sample_numbers], dim=1)[places]
     others = torch.tensor([[0, 10_000], [9, 3]])  # of no kept sample
     values = torch.tensor([5.0, 1.0, 2.0, 3.0, 6.0])
-    spread = fusion._spread(torch.cat([others[:1], samples, others[1:]]), values)
+    spread = fusion._spreader(torch.cat([others[:1], samples, others[1:]]))(values)
     assert spread[places].tolist() == [1, 2, 3]
     assert spread.isnan().sum() == 137
 
