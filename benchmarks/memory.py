@@ -70,7 +70,10 @@ class Cost(NamedTuple):
 
 
 def read_peak() -> float:
-    """Read the peak memory of this process in MiB. Not ``ru_maxrss``, which begins with that of the process that started it."""
+    """Read the peak memory of this process in MiB.
+
+    Not ``ru_maxrss``, which begins with that of the process that started it.
+    """
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024
