@@ -123,8 +123,9 @@ class Pictures:
         if not writers:
             return
         for one in self.drawn:
-            for figures in (*(one.main_figures() if main else ()), *(one.other_figures() if rest else ())):
-                writers.log_figures(figures, self.step)
+            writers.log_figures(
+                [*(one.main_figures() if main else ()), *(one.other_figures() if rest else ())], self.step
+            )
             if rest:
                 self._log_report(writers, one)
         for tag, path in self.tables.items() if rest else ():

@@ -325,7 +325,8 @@ class _Moments:
             counted = cells.to(x.dtype).expand(x.shape)
             count, x, y = counted.sum((1, 2)), x.mul_(counted), y.mul_(counted)
         x, y = x.flatten(1), y.flatten(1)
-        products = (_dot(one, other) for one, other in ((x, x), (y, y), (x, y)))
+        product = self._buffers.take("product", x.shape, x)
+        products = [torch.mul(one, other, out=product).sum(1) for one, other in ((x, x), (y, y), (x, y))]
         self._sums += torch.stack([count, x.sum(1), y.sum(1), *products])
 
     def correlation(self) -> Tensor:

@@ -70,12 +70,21 @@ class LoggerWriters:
     def __bool__(self) -> bool:
         return bool(self._working)
 
-    def log_figures(self, figures: Iterable[tuple[str, Figure]], step: int) -> None:
-        """Draw figures, by tag and maybe lazy, and hand over their pictures at the step of the scalars."""
+    def log_figures(self, parts: Iterable[Iterable[tuple[str, Figure]]], step: int) -> None:
+        """Draw figures, by tag and maybe lazy, and hand over their pictures at once, at the step of the scalars.
+
+        A part that fails leaves the others as they are.
+        """
         from lightning_xattn.visualizations import render  # matplotlib, only where figures are wanted
 
         def draw() -> dict[str, Picture]:
-            return {shown_tag(tag): Picture(render(figure)) for tag, figure in figures}
+            drawn: dict[str, Picture] = {}
+            for part in parts:
+                try:
+                    drawn |= {shown_tag(tag): Picture(render(figure)) for tag, figure in part}
+                except Exception as error:  # whatever is wrong in it: a training run does not end of it
+                    warn([f"Some pictures of this evaluation are missing: {error!r}."])
+            return drawn
 
         self.log("pictures", draw, lambda writer, made: writer.log_images(made, step))
 

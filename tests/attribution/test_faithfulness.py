@@ -321,7 +321,7 @@ class StopAfter(pl.Callback):
 @pytest.mark.slow
 def test_a_report_names_the_epoch_of_its_faithfulness(tmp_path, infos):
     """Where the fit ends before the last epoch that was planned, it is that of the last test."""
-    watch = AttentionExplainabilityCallback(NAMED, sample_ids=sample_ids)
+    watch = AttentionExplainabilityCallback(NAMED, sample_ids=sample_ids, figures="all")
     loader = loader_of(marked_data(130))
     trainer = quiet_trainer(
         callbacks=[watch, StopAfter()], max_epochs=4, logger=False, default_root_dir=tmp_path, num_sanity_val_steps=0

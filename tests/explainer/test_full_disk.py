@@ -61,12 +61,14 @@ def ended(tmp_path_factory):
 
 
 NOTHING_MORE = "and gets nothing more of this evaluation"
+TABLE, PICTURES = "The sample table in", f"CSVLogger failed with pictures, {NOTHING_MORE}"
 
 
 @pytest.mark.parametrize(
     ("full", "expected", "suffixes"),
     [
-        ("everything", 2 * ["The sample table in", f"CSVLogger failed with pictures, {NOTHING_MORE}"], [".csv"]),
+        # The fit has pictures in its epoch and at its end.
+        ("everything", [TABLE, PICTURES, PICTURES, TABLE, PICTURES], [".csv"]),
         ("page", [f"CSVLogger failed with pages, {NOTHING_MORE}"], [".csv", ".md", ".parquet", ".png"]),
     ],
 )

@@ -65,7 +65,7 @@ def test_figures_have_time_axes_in_seconds(model, simulated, tmp_path, monkeypat
     monkeypatch.setattr(epoch, "place_tokens", lambda *args: drawn.append(args) or place_tokens(*args))
     trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback()], logger=CSVLogger(tmp_path))
     trainer.validate(model, datamodule=simulated, verbose=False)
-    axes = {axis.title: axis.spans for *_, axis in drawn}
+    axes = {args[3].title: args[3].spans for args in drawn}
     assert axes["EEG window (s from the labelled moment)"][0] == (-5, -3)
     assert axes["Spectrogram window (s from the labelled moment)"][-1] == (290, 300)
 

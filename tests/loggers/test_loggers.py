@@ -93,7 +93,7 @@ def test_tensorboardx_gets_its_own_messages(tmp_path):
     class Board(TensorBoardLogger):
         experiment = Writer()
 
-    LoggerWriters([Board(tmp_path)], tmp_path).log_figures(small_figures(), 3)
+    LoggerWriters([Board(tmp_path)], tmp_path).log_figures([small_figures()], 3)
     ((name, pixels, step, form),) = Board.experiment.images
     assert (name, np.shape(pixels), step, form) == (OVERVIEW, (100, 100, 3), 3, "HWC")
 
@@ -231,7 +231,7 @@ def small_figures():
 def log_twice(writers):
     """Figures, and then again, as a report comes after them."""
     for step in (0, 1):
-        writers.log_figures(small_figures(), step)
+        writers.log_figures([small_figures()], step)
 
 
 def test_a_logger_that_fails_is_reported_once_and_ends_nothing(tmp_path, monkeypatch):
@@ -268,8 +268,8 @@ def test_figures_that_cannot_be_drawn_are_reported(tmp_path):
         raise ValueError("no ink")
         yield
 
-    with pytest.warns(XAttnWarning, match=tells("no pictures of this evaluation", "no ink")):
-        LoggerWriters([], tmp_path).log_figures(figures(), 0)
+    with pytest.warns(XAttnWarning, match=tells("pictures of this evaluation are missing", "no ink")):
+        LoggerWriters([], tmp_path).log_figures([figures()], 0)
 
 
 @pytest.mark.parametrize(
