@@ -250,7 +250,9 @@ def _shared_cells(rows: Tensor, columns: Tensor, there: Tensor | None, back: Ten
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
-    return _dot(x.flatten(-2), y.flatten(-2))
+    # Not a product of matrices, in which a GPU may round.
+    found: Tensor = torch.linalg.vecdot(x.flatten(-2), y.flatten(-2))
+    return found
 
 
 def _centre(maps: Tensor, cells: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -339,9 +341,3 @@ class _Moments:
             variances.append(about_mean.where(about_mean > NO_VARIANCE**2 * about_zero, torch.nan))
         found: Tensor = (xy - x * y / count) / (variances[0] * variances[1]).sqrt()
         return found.clamp(-1, 1).float()
-
-
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    # Not a product of matrices, in which a GPU may round.
-    found: Tensor = torch.linalg.vecdot(one, other)
-    return found
