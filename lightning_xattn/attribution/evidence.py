@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
-from lightning_xattn.attribution.ports import Key, Place
-from lightning_xattn.attribution.root import ReplayError, Root
+from lightning_xattn.attribution.ports import Column, Key, Place
+from lightning_xattn.attribution.root import Intact, ReplayError, Root
 from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, take_samples
 from lightning_xattn.capture.dataflow import Dataflow, LabelledCall
 
@@ -67,7 +67,8 @@ class Evidence:
         self._shared: dict[frozenset[Place], Collection[Path]] = {}
         self._equal: set[tuple[frozenset[Place], frozenset[Path]]] = set()
         self._is_apart = False
-        self.intact, self.predicted = self._run_intact()
+        self._model_output, self.predicted = self._run_intact()
+        self.intact = self._model_output.cpu()
         self._past[frozenset()] = self.reaching
 
     @property
@@ -95,7 +96,7 @@ class Evidence:
                 try:
                     with self.root.restoring():
                         predictions, self.outputs, self.arguments = self.root.run(call, flow=self._flow, capture=None)
-                        output = self.root.read_output(predictions).cpu()
+                        output = self.root.read_output(predictions.detach())
                         reached = self._flow.of(predictions)
                 except ReplayError as error:
                     failure = error
@@ -106,7 +107,7 @@ class Evidence:
                         break
                     continue
                 precision = self.root.coarsest([one for _, one in call.tensors()])
-                if are_same_outputs(self._live[rows].cpu(), output, precision):
+                if are_same_outputs(self._live[rows].cpu(), output.cpu(), precision):
                     self._precision = precision
                     return output, reached
                 failure = ReplayError("it gives other outputs when it is run again")
@@ -126,6 +127,12 @@ class Evidence:
         with self.root.restoring():
             predictions, outputs, _ = self.root.run(call, patch, capture=capture)
             return self.root.read_output(predictions).cpu(), outputs
+
+    def read_intact(self, columns: Mapping[Column, Place]) -> Intact | None:
+        """What the labelled run gave at these places; None where not all samples ran."""
+        if len(self.rows) < self.root.samples:
+            return None
+        return self.root.read_intact(columns, self.outputs, self.arguments, self._model_output)
 
     def _are_same(self, one: ModelOutput, other: ModelOutput) -> bool:
         """Whether two runs gave the same, measured by the spread of the intact predictions."""

@@ -17,7 +17,7 @@ from lightning_xattn.attribution.names import plain_name, reconcile_names
 from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput, find_model_output
 from lightning_xattn.attribution.ports import Column, ModalitiesSetting, Modality, Place, as_tuple
 from lightning_xattn.attribution.reach import find_reach, find_sides
-from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
+from lightning_xattn.attribution.root import Intact, PredictionPlace, ReplayError, Root
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.attention_mode import get_module
 from lightning_xattn.capture.calls import Call, Path, Precision, Run, StepTrace, find_tensors, same_numbers
@@ -95,6 +95,8 @@ class Found:
         By a module's path, the modalities that the queries and the keys of each attention in it come from, or "".
     mixing
         The recorded modules that attend from sample to sample.
+    intact
+        What the root gave at the places of ``columns`` and ``features``; None where it did not run with all samples.
     """
 
     modalities: tuple[Modality, ...] = ()
@@ -107,6 +109,7 @@ class Found:
     prediction_name: str = ""
     sides: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
     mixing: Sequence[str] = ()
+    intact: Intact | None = None
 
     @property
     def columns(self) -> dict[Column, Place]:
@@ -280,7 +283,7 @@ class FirstStep:
         copies_batch = self._follow(evidence, [*places, *features, *further])
         found = Found(modalities, problem, "", evidence.root, further, copies_batch, renamed, name, sides, mixing)
         self._describe(evidence, found)
-        return found
+        return replace(found, intact=evidence.read_intact(found.columns | found.features))
 
     def _permute_at_inputs(self, evidence: Evidence, modalities: tuple[Modality, ...]) -> tuple[Modality, ...]:
         """Permute the inputs of modalities that are named, where these also go other ways, if they are separate."""

@@ -14,7 +14,7 @@ from lightning_xattn.attribution.first_step import FirstStep, Found, StepCall
 from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.ports import Column, LeftOutError, ModalitiesSetting, Modality, Place, check_modalities
 from lightning_xattn.attribution.replay import AttentionPlace, Replay
-from lightning_xattn.attribution.root import ReplayError, Root
+from lightning_xattn.attribution.root import Intact, ReplayError, Root
 from lightning_xattn.attribution.state import torch_generators
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.attention_mode import get_module
@@ -134,6 +134,7 @@ class ModalityRecorder:
         self._features: dict[Column, Place] = {}
         self._sources: Mapping[Direction, Source] = {}
         self._root: Root | None = None
+        self._intact: Intact | None = None
         self._replay: Replay | None = None
         self.readiness: list[Readiness] | None = None
         self._step: StepCall | None = None
@@ -170,7 +171,7 @@ class ModalityRecorder:
 
     def reset(self) -> None:
         """Forget the call that an evaluation's replays repeat; the next evaluation has its own."""
-        self._root = self._replay = self.readiness = None
+        self._root = self._intact = self._replay = self.readiness = None
         if self.found.root is not None:  # the batch of the first step, and what stands in for it
             self.found.root.call = Call((), {})
 
@@ -206,9 +207,10 @@ class ModalityRecorder:
             if not self.modalities:
                 return None
             if is_first and self.found.root is not None:  # run once more, as it was not known then what to keep
-                self._root = self.found.root
-                values, _, output = self._root.run_intact(self._columns | self._features)
-                return self._make_record(values, output, real, labels)
+                self._root, intact = self.found.root, self.found.intact
+                self.found = replace(self.found, intact=None)
+                self._intact = intact or self._root.run_intact(self._columns | self._features)
+                return self._make_record(self._intact.values, self._intact.model_output, real, labels)
             return self._make_record(*self._read_step(labels), real, labels)
         except (LeftOutError, ReplayError, ShapeError) as error:
             self._notify(f"The modalities are left out of a step: {error}.")
@@ -363,7 +365,7 @@ class ModalityRecorder:
         if self.problem or self._root is None:
             raise ReplayError(self.problem or "no step gave predictions")
         if self._replay is None:
-            self._replay = Replay(self._root, self._columns)
+            self._replay, self._intact = Replay(self._root, self._columns, self._intact), None
         return self._replay
 
     def sharing_state(self) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_xattn.attribution.known_outputs import KnownOutputs
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
 from lightning_xattn.attribution.ports import Column, Key, Place
-from lightning_xattn.attribution.root import ReplayError, Root
+from lightning_xattn.attribution.root import Intact, ReplayError, Root
 from lightning_xattn.capture.attention_mode import AttentionMode
 from lightning_xattn.capture.calls import Call, copy_tensors, find_tensors, replace_item, samples_axis, take_samples
 from lightning_xattn.capture.events import Edit, Event, RecordLevel
@@ -75,6 +75,8 @@ class Replay:
         The call of an evaluation's first step.
     columns
         Where what is exchanged is in the root, and the further inputs that each sample keeps.
+    intact
+        What the call gave there; None: it runs once more.
 
     Attributes
     ----------
@@ -89,16 +91,17 @@ class Replay:
         If the call's samples, in another order, do not give their outputs in that order.
     """
 
-    def __init__(self, root: Root, columns: Mapping[Column, Place]) -> None:
+    def __init__(self, root: Root, columns: Mapping[Column, Place], intact: Intact | None = None) -> None:
         self._root, self._columns = root, columns
         self.rows, self.skips, self._exactly = MAX_ROWS, True, False
         with self._root.keeping_state():
-            self._check()
+            self._check(self._root.run_intact(columns) if intact is None else intact)
 
-    def _check(self) -> None:
+    def _check(self, run: Intact) -> None:
         """Find how the call's samples, in another order, give their outputs in that order."""
-        values, self._templates, output = self._root.run_intact(self._columns)
-        intact = output.cpu()
+        values = {column: run.values[column] for column in self._columns}
+        places, intact = {place.key for place in self._columns.values()}, run.model_output.cpu()
+        self._templates = {key: output for key, output in run.outputs.items() if key in places}
         self._kinds = list(values.values())
         samples = self._root.samples
         # Fewer rows than the call has; if the model fails at that, as many; and at last nothing is skipped.

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,24 @@ class PredictionPlace:
     turn: int = 0
     leaf: Path = ()
     select: Callable[[Any, Any, Any], Any] | None = None
+
+
+class Intact(NamedTuple):
+    """What a run of a call as it was gave.
+
+    Attributes
+    ----------
+    values
+        What is at the places that were asked for, samples first.
+    outputs
+        What the calls there returned.
+    model_output
+        What the predictions mean.
+    """
+
+    values: dict[Column, Tensor]
+    outputs: dict[Key, Any]
+    model_output: ModelOutput
 
 
 @dataclass(eq=False)
@@ -299,13 +317,8 @@ class Root:
             raise ReplayError("it gives no predictions when it is run again")
         return found[-1], outputs, arguments
 
-    def run_intact(self, columns: Mapping[Column, Place]) -> tuple[dict[Column, Tensor], dict[Key, Any], ModelOutput]:
+    def run_intact(self, columns: Mapping[Column, Place]) -> Intact:
         """Run the call as it is.
-
-        Returns
-        -------
-        values, outputs, model_output
-            What is at the places, samples first; what the calls there return; and what the predictions mean.
 
         Raises
         ------
@@ -316,16 +329,33 @@ class Root:
             call = self.call.copied(dict(self.call.tensors()))
             captured = [place.key for place in columns.values() if place.kind != "input"]
             predictions, outputs, arguments = self.run(call, capture=captured)
-            values = {}
-            for column, place in columns.items():
-                if place.kind == "output":
-                    value = dict(find_tensors(outputs.get(place.key))).get(place.where)
-                else:
-                    value = (self.call if place.kind == "input" else arguments[place.key])[place.where]
-                if value is None:
-                    raise ReplayError(f"'{place.path}' gives something else when it is run again")
-                values[column] = value.detach().movedim(place.axis, 0).clone()
-            return values, outputs, self.read_output(predictions.detach())
+            return self.read_intact(columns, outputs, arguments, self.read_output(predictions.detach()))
+
+    def read_intact(
+        self,
+        columns: Mapping[Column, Place],
+        outputs: Mapping[Key, Any],
+        arguments: Mapping[Key, Call],
+        model_output: ModelOutput,
+    ) -> Intact:
+        """What a run of the whole call gave at these places, which captured their calls.
+
+        Raises
+        ------
+        ReplayError
+            If a place has no tensor.
+        """
+        values = {}
+        for column, place in columns.items():
+            if place.kind == "output":
+                value = dict(find_tensors(outputs.get(place.key))).get(place.where)
+            else:
+                value = (self.call if place.kind == "input" else arguments[place.key])[place.where]
+            if value is None:
+                raise ReplayError(f"'{place.path}' gives something else when it is run again")
+            values[column] = value.detach().movedim(place.axis, 0).clone()
+        keys = {place.key for place in columns.values() if place.kind != "input"}
+        return Intact(values, {key: outputs[key] for key in keys if key in outputs}, model_output)
 
     def read_output(self, predictions: Tensor) -> ModelOutput:
         """What the predictions mean.

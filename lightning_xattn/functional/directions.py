@@ -24,8 +24,8 @@ NO_VARIANCE = 1e-6
 """A map whose standard deviation is within this share of its root mean square varies by float32 rounding only."""
 
 
-KEPT_CELLS = 2**22
-"""Up to so many cells of a batch, the backward direction's map is kept while the forward one is read: 16 MB."""
+KEPT_CELLS = 2**25
+"""Up to so many cells of a batch, the backward direction's map is kept while the forward one is read: 134 MB."""
 
 
 @dataclass(frozen=True, eq=False)
