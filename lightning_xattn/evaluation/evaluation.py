@@ -470,7 +470,8 @@ def summarise_all(
     """
     own, fusion = {number: evaluation.own_totals() for number, evaluation in evaluations.items()}, recorder.fusion
     with fusion.sharing_state():
-        may_replay = not any(totals.replay_problem for totals in own.values())
+        # A single process asks when there is something to replay: `share_work`.
+        may_replay = processes is not SINGLE_PROCESS and not any(totals.replay_problem for totals in own.values())
         gathered = processes.gather((own, fusion.find_readiness() if may_replay else None))
         ready = [readiness for _, readiness in gathered if readiness is not None]
         fusion.readiness = ready if len(ready) == len(gathered) else None

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_xattn.core import devices
 from lightning_xattn.core.attention import Attention
 from lightning_xattn.functional.bins import sum_bins
-from lightning_xattn.functional.row_chunks import Buffers, Columns, read_chunks
+from lightning_xattn.functional.row_chunks import Buffers, Columns, count_queries, read_chunks
 from lightning_xattn.functional.row_collector import RowCollector, Rows
 from lightning_xattn.functional.rows import Weights, prepare_rows
 
@@ -296,6 +296,7 @@ class _Moments:
 
     def __init__(self, forward: Attention, back: Rows, back_map: Tensor | None = None) -> None:
         self._back, self._map, self._buffers = back, back_map, Buffers()
+        self._block, self._block_start = torch.empty(0, 0), 0
         self._columns = Columns(back.attention, back.valid, back.log_sums) if back_map is None else None
         self._heads = forward.shape[1]
         # Sums over heads instead of means, as a correlation is the same; less what they are without masks.
@@ -309,11 +310,7 @@ class _Moments:
     def add(self, total: Tensor, heads: Tensor, queries: slice) -> None:
         """Add the cells of some queries, as `RowCollector.add` gives them."""
         back = self._back
-        if self._columns is not None:
-            y = self._columns.read(queries).sub_(self._shifts[1])
-        else:
-            assert self._map is not None
-            y = self._map[..., queries].mT - self._shifts[1]
+        y = self._columns.read(queries).sub_(self._shifts[1]) if self._columns is not None else self._read_map(queries)
         # Not in place, as of a single head the total is the weights themselves.
         x = torch.sub(total, self._shifts[0], out=self._buffers.take("x", total.shape, total))
         visible, cells = back.attention.visible_to(slice(None), queries), heads == self._heads
@@ -330,6 +327,24 @@ class _Moments:
         product = self._buffers.take("product", x.shape, x)
         products = [torch.mul(one, other, out=product).sum(1) for one, other in ((x, x), (y, y), (x, y))]
         self._sums += torch.stack([count, x.sum(1), y.sum(1), *products])
+
+    def _read_map(self, queries: slice) -> Tensor:
+        """``(batch, queries, keys)`` of the backward direction's map, less its shift.
+
+        Columns of a large map are read many at a time, as each of its rows is on another page of the memory.
+        """
+        if queries.stop > self._block_start + self._block.shape[1] or not len(self._block):
+            assert self._map is not None
+            batch, keys, every = self._map.shape
+            width = max(queries.stop - queries.start, count_queries(batch * keys))
+            block = self._map[..., queries.start : min(queries.start + width, every)]
+            shape = batch, block.shape[2], keys
+            block = torch.sub(block, self._shifts[1], out=self._buffers.take("columns", block.shape, block))
+            self._block, self._block_start = self._buffers.take("block", shape, block), queries.start
+            for transposed, one in zip(self._block, block, strict=True):  # torch has a fast way for a single matrix
+                transposed.copy_(one.mT)
+        start = queries.start - self._block_start
+        return self._block[:, start : start + queries.stop - queries.start]
 
     def correlation(self) -> Tensor:
         """``(batch,)`` Pearson's, NaN where a map has no variance."""

@@ -77,10 +77,15 @@ class Buffers:
         return kept[:size].view(shape)
 
 
+def count_queries(weights: int) -> int:
+    """How many queries a chunk has where each of them has so many weights."""
+    return max(1, CHUNK // max(1, weights))
+
+
 def split_queries(attention: Attention) -> Iterator[slice]:
     """All queries of an attention, as many at a time as a chunk has."""
     batch, heads, queries, keys = attention.shape
-    size = max(1, CHUNK // max(1, batch * heads * keys))
+    size = count_queries(batch * heads * keys)
     for start in range(0, max(queries, 1), size):
         yield slice(start, min(start + size, queries))
 

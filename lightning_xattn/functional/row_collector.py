@@ -167,7 +167,7 @@ class RowCollector:
 
     def __init__(self, attention: Attention, keeps_maps: bool = False) -> None:
         self._attention, self._keeps_maps = attention, keeps_maps
-        self._totals: list[Tensor] = []
+        self._whole_map: Tensor | None = None
         self._heads = attention.shape[1]
         self._sizes = bin_sizes(attention.shape[2], attention.tokens)
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
@@ -185,7 +185,8 @@ class RowCollector:
     @property
     def whole_map(self) -> Tensor:
         """``(batch, queries, keys)`` over the keys that are tokens: the weights of all heads together, if kept."""
-        return torch.cat(self._totals, 1)
+        assert self._whole_map is not None
+        return self._whole_map
 
     def add(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Add the next chunk.
@@ -228,7 +229,9 @@ class RowCollector:
         heads = self._count_heads(chunk, total)
         self._add_map(total, heads, chunk.queries.start)
         if self._keeps_maps:
-            self._totals.append(total)
+            if self._whole_map is None:
+                self._whole_map = total.new_empty(len(total), self._attention.shape[2], total.shape[2])
+            self._whole_map[:, chunk.queries] = total
         return total, heads
 
     def _count_head_keys(self, keys: Tensor, visible: Tensor | None, total: Tensor) -> Tensor:
@@ -238,7 +241,7 @@ class RowCollector:
         return visible.any(1).to(total.dtype).sum(-1).expand(-1, total.shape[1])
 
     def _sum_heads(self, weights: Tensor) -> Tensor:
-        is_kept = not self.is_binned or self._keeps_maps
+        is_kept = not self.is_binned
         if self._heads == 1:  # the next chunk may write over the weights
             return weights[:, 0].clone() if is_kept else weights[:, 0]
         if is_kept:
