@@ -396,14 +396,16 @@ class AttentionExplainabilityCallback(Callback):
         if self._run.trainer() in (None, trainer):
             if isinstance(exception, KeyboardInterrupt):
                 self._run.draw_rest()
+                self._run.print_summary()
             self._run.undrawn = None
             self._run.stop()
             end_run(self._run)
             self._run.trainer = lambda: None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unwrap the model, and forget it and the Trainer."""
+        """Print what the last recorded epoch says; unwrap the model, and forget it and the Trainer."""
         self._run.stop()
+        self._run.print_summary()
         end_run(self._run)
         self._run = Run()
         if reason := describe_spawning(trainer):

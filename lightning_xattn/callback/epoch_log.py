@@ -15,7 +15,7 @@ from pytorch_lightning import LightningModule, Trainer
 from lightning_xattn.callback.monitors import describe_unknown
 from lightning_xattn.callback.pictures import Drawn, Pictures, Record, may_draw
 from lightning_xattn.callback.run import Run
-from lightning_xattn.callback.schedule import Schedule, logged_step, moment, stage_of
+from lightning_xattn.callback.schedule import Schedule, logged_step, moment
 from lightning_xattn.core.notices import info, warn
 from lightning_xattn.evaluation.checks import check_fusion, check_layer, check_unused
 from lightning_xattn.evaluation.classes import name_in_curves
@@ -32,6 +32,7 @@ from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.report.figures import SHOWN_CLASSES, limit_classes, limit_layers
+from lightning_xattn.report.headline import describe_headline
 
 _ENDS = re.compile("_(low|high)$")
 
@@ -115,7 +116,8 @@ class EpochLog:
             self._drawn(number, ended[number], shown[number], history, new) for number, new in records.items() if new
         ]
         tags = {f"xattn_about/{self.scope(0, '')}/{name}": path for name, path in tables.items()}
-        self._draw(Pictures(drawn, tags, logged_step(self.trainer), stage_of(self.trainer) == "test"))
+        self.run.headlines = {f"{one.scope}": describe_headline(one.whole) for one in drawn}
+        self._draw(Pictures(drawn, tags, logged_step(self.trainer)))
         return [record for new in records.values() for record in new]
 
     def log_absent(self) -> None:
@@ -194,7 +196,7 @@ class EpochLog:
             return
         is_due, is_whole = self.schedule.draws(self.trainer), self.all_figures or not self.run.is_fit
         if is_due:
-            pictures.log(self.trainer, main=True, rest=is_whole)
+            self.run.places = pictures.log(self.trainer, main=True, rest=is_whole)
         # What is kept is the results that the callback keeps as its summaries.
         self.run.undrawn = None if is_due and is_whole else partial(pictures.log, main=not is_due, rest=True)
 

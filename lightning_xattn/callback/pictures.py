@@ -1,4 +1,4 @@
-"""What loggers get of an evaluation beside its curves: figures, a report, tables, after a test a page."""
+"""What loggers get of an evaluation beside its curves: figures, a summary, a report, tables."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import Trainer
 
-from lightning_xattn.core.notices import describe_error, info, warn
+from lightning_xattn.core.notices import describe_error, warn
 from lightning_xattn.evaluation.results import DatasetResult
-from lightning_xattn.loggers import LoggerWriters
+from lightning_xattn.loggers import LoggerWriters, shorten_path
 from lightning_xattn.report import create_explainability_report
-from lightning_xattn.report.figures import attention_figure, epoch_figures, fusion_figures, overview_figure
+from lightning_xattn.report.figures import attention_figure, card_figure, epoch_figures, fusion_figures
+from lightning_xattn.report.headline import describe_with_captions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,12 +51,19 @@ class Drawn:
     title: str
 
     def main_figures(self) -> list[Iterator[tuple[str, Figure]]]:
-        """The two figures that a fit draws in every epoch, tag and figure: each alone, as one may fail."""
+        """The two cards that a fit draws in every epoch, tag and figure: each alone, as one may fail."""
         layer = self.records[-1]["layer"]
-        return [self._overview(layer), *([] if layer is None else [self._attention(layer)])]
+        return [self._card(), *([] if layer is None else [self._attention(layer)])]
 
-    def _overview(self, layer: str | None) -> Iterator[tuple[str, Figure]]:
-        yield f"xattn_about/{self.scope}/overview", overview_figure(self.records, self._context(layer))
+    def _card(self) -> Iterator[tuple[str, Figure]]:
+        figure = card_figure(self.whole, self.records, self.title)
+        if figure is not None:
+            yield f"{self._card_tag}/1_modalities", figure
+
+    @property
+    def _card_tag(self) -> str:
+        """What sorts the cards of validations first, as loggers sort pictures by name, and then those of tests."""
+        return f"xattn_card_test/{self.scope}" if self.scope.startswith("test") else f"xattn_card/{self.scope}"
 
     def _attention(self, layer: str) -> Iterator[tuple[str, Figure]]:
         if layer in self.shown.summaries:
@@ -66,8 +74,7 @@ class Drawn:
                 axes=self.shown.axes,
                 context=self._context(layer),
             )
-            if figure is not None:
-                yield f"xattn_map/{self.scope}/by_class", figure
+            yield f"{self._card_tag}/2_attention", figure
 
     def other_figures(self) -> list[Iterator[tuple[str, Figure]]]:
         """All others: those of the modalities, and those of each layer."""
@@ -100,44 +107,50 @@ class Pictures:
         The files of the sample table, by tag.
     step
         Of the evaluation's scalars.
-    has_page
-        Whether the report comes as a page, too.
     """
 
     drawn: Sequence[Drawn]
     tables: Mapping[str, Path]
     step: int
-    has_page: bool
 
-    def log(self, trainer: Trainer, main: bool, rest: bool) -> None:
-        """Hand the two main figures, all the rest, or both to the Trainer's loggers; what fails is a warning."""
+    def log(self, trainer: Trainer, main: bool, rest: bool) -> list[str]:
+        """Hand the two cards, all the rest, or both to the Trainer's loggers; what fails is a warning.
+
+        Returns
+        -------
+        list of str
+            Where a user sees them, a line each.
+        """
         try:
-            self._log(trainer, main, rest)
+            return self._log(trainer, main, rest)
         except Exception as error:  # whatever it is, the user's run goes on
             warn(f"'{self.drawn[0].title}' could not be drawn. {describe_error(error)}", once=True)
+            return []
 
-    def _log(self, trainer: Trainer, main: bool, rest: bool) -> None:
+    def _log(self, trainer: Trainer, main: bool, rest: bool) -> list[str]:
         root = str(trainer.default_root_dir)
         writers = LoggerWriters(trainer.loggers, Path("." if "://" in root else root) / OUTPUT_FOLDER)
-        info((f"Figures and reports are written to {folder}." for folder in writers.folders), once=True)
         if not writers:
-            return
+            return []
+        pages: list[Path] = []
         for one in self.drawn:
             writers.log_figures(
                 [*(one.main_figures() if main else ()), *(one.other_figures() if rest else ())], self.step
             )
             if rest:
-                self._log_report(writers, one)
+                pages += self._log_report(writers, one)
         for tag, path in self.tables.items() if rest else ():
             self._log_table(writers, tag, path)
+        return [*writers.describe_places(), *(f"Report: {shorten_path(page)}" for page in dict.fromkeys(pages))]
 
-    def _log_report(self, writers: LoggerWriters, one: Drawn) -> None:
-        tag, step = f"xattn_about/{one.scope}/report", self.step
-        text = partial(create_explainability_report, one.whole, format="markdown")
-        writers.log("reports", text, lambda writer, made: writer.log_text(tag, made, step))
-        if self.has_page:
-            page = partial(create_explainability_report, one.whole, format="html")
-            writers.log("pages", page, lambda writer, made: writer.log_page(tag, made, step))
+    def _log_report(self, writers: LoggerWriters, one: Drawn) -> list[Path]:
+        """Hand over the summary and the report; returns the report's files."""
+        tag, step = f"xattn_about/{one.scope}", self.step
+        text = partial(describe_with_captions, one.whole)
+        writers.log("summaries", text, lambda writer, made: writer.log_text(f"{tag}/summary", made, step))
+        page = partial(create_explainability_report, one.whole, format="html")
+        paths = writers.log("reports", page, lambda writer, made: writer.log_page(f"{tag}/report", made, step))
+        return [path for path in paths if path is not None]
 
     def _log_table(self, writers: LoggerWriters, tag: str, path: Path) -> None:
         writers.log("tables", lambda: path, lambda writer, made: writer.log_table(tag, made, self.step))

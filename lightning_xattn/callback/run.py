@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,14 +11,16 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 
 from lightning_xattn.callback.monitors import Monitor
+from lightning_xattn.callback.terminal import list_lines
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
-from lightning_xattn.core.notices import describe_error, warn
+from lightning_xattn.core.notices import describe_error, info, warn
 from lightning_xattn.evaluation.batch import StepRecorder
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.settings import Settings
 
 if TYPE_CHECKING:
     from lightning_xattn.evaluation.table import TrainingTable
+    from lightning_xattn.report.headline import Headline
 
 
 @dataclass(eq=False)
@@ -52,14 +54,24 @@ class Run:
     """The names of the curves that were logged."""
     layers: dict[str, None] = field(default_factory=dict)
     """The names of the layers that were recorded."""
-    undrawn: Callable[[Trainer], None] | None = None
+    undrawn: Callable[[Trainer], list[str]] | None = None
     """Draws what is left of the last recorded epoch of a fit; None: nothing is."""
+    headlines: Mapping[str, Headline] = field(default_factory=dict)
+    """By scope what the last recorded epoch says."""
+    places: Sequence[str] = ()
+    """Where a user sees its figures and its report, a line each."""
 
     def draw_rest(self) -> None:
         """At the end of a fit, hand its loggers what is left."""
         draw, self.undrawn, trainer = self.undrawn, None, self.trainer()
         if draw is not None and trainer is not None:
-            draw(trainer)
+            self.places = draw(trainer)
+
+    def print_summary(self) -> None:
+        """Print what the last recorded epoch says, once."""
+        headlines, self.headlines = self.headlines, {}
+        if headlines:
+            info("\n".join(list_lines(headlines, self.places)))
 
     @contextmanager
     def refusing(self, settings: Settings, *names: str, dataloader: int = 0) -> Iterator[None]:

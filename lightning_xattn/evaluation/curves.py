@@ -217,10 +217,11 @@ def _fusion_numbers(summary: FusionSummary) -> Iterator[tuple[str, float]]:
 
 
 def _support_numbers(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
-    """The share of each cell of support, the accuracy where no modality supports, and what support adds."""
+    """The share of each cell of support, the accuracy where all or no modalities support, and what support adds."""
     shares = [cell.share for cell in summary.cells] or [UNDEFINED] * (len(summary.modalities) + 3)
     for (key, _), share in zip(name_cells(summary.modalities), shares, strict=False):
         yield f"support/{key}", share
+    yield "support/accuracy/supported", summary.cells[0].accuracy if summary.cells else UNDEFINED
     yield "support/accuracy/unsupported", estimate_unsupported(summary)
     added = summary.added_value
     yield "support/delta_auroc", UNDEFINED if isinstance(added, str) else added.delta_auroc

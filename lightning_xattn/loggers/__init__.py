@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,14 +17,16 @@ from lightning_xattn.loggers.writers import (
     Picture,
     TensorBoardWriter,
     WandbWriter,
+    shorten_path,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Content = TypeVar("Content")
+Result = TypeVar("Result")
 
-__all__ = ["WRITERS", "LoggerWriter", "LoggerWriters", "Picture"]
+__all__ = ["WRITERS", "LoggerWriter", "LoggerWriters", "Picture", "shorten_path"]
 
 WRITERS: dict[str, Callable[[Any], LoggerWriter] | None] = {
     "TensorBoardLogger": TensorBoardWriter,
@@ -88,20 +91,32 @@ class LoggerWriters:
 
         self.log("pictures", draw, lambda writer, made: writer.log_images(made, step))
 
-    def log(self, what: str, make: Callable[[], Content], log: Callable[[LoggerWriter, Content], None]) -> None:
-        """Make something, and hand it over to each that still works."""
+    def describe_places(self) -> list[str]:
+        """What a user opens or types to see the pictures, of each logger that knows."""
+        places: list[str] = []
+        for writer in self._working:
+            with suppress(Exception):  # whatever asking a logger for its address may raise
+                places.append(writer.describe_place())
+        return list(dict.fromkeys(filter(None, places)))
+
+    def log(
+        self, what: str, make: Callable[[], Content], log: Callable[[LoggerWriter, Content], Result]
+    ) -> list[Result]:
+        """Make something, and hand it over to each that still works; returns what each gives back."""
+        results: list[Result] = []
         try:
             content = make()
         except Exception as error:  # whatever is wrong in it: a training run does not end of it
             warn([f"There are no {what} of this evaluation: {error!r}."])
-            return
+            return results
         for writer in list(self._working):
             try:
-                log(writer, content)
+                results.append(log(writer, content))
             except Exception as error:  # whatever a logger's backend, network or disk may raise
                 name = "Writing files" if writer.logger is None else type(writer.logger).__name__
                 warn([f"{name} failed with {what}, and gets nothing more of this evaluation: {error!r}."])
                 self._working.remove(writer)
+        return results
 
 
 def _writer_of(logger: Any, root: Path) -> LoggerWriter | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html as escaping
 import io
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,8 +79,12 @@ class LoggerWriter(ABC):
         """Take a text in Markdown."""
 
     @abstractmethod
-    def log_page(self, name: str, html: str, step: int) -> None:
-        """Take a page that needs nothing beside it."""
+    def log_page(self, name: str, html: str, step: int) -> Path | None:
+        """Take a page that needs nothing beside it; returns its file, if it is one that the user can open."""
+
+    def describe_place(self) -> str:
+        """What a user opens or types to see the pictures, as the end of a run prints it; "" if that is not known."""
+        return ""
 
     # A logger need not have these.
 
@@ -109,10 +114,16 @@ class TensorBoardWriter(LoggerWriter):
         """In the text tab."""
         self.logger.experiment.add_text(name, text, global_step=step)
 
-    def log_page(self, name: str, html: str, step: int) -> None:
+    def log_page(self, name: str, html: str, step: int) -> Path:
         """A file beside the event file: TensorBoard shows no pages."""
-        with complete_or_absent(Path(self.logger.log_dir) / path_of(f"{name}.html")) as part:
+        path = Path(self.logger.log_dir) / path_of(f"{name}.html")
+        with complete_or_absent(path) as part:
             part.write_text(html, encoding="utf-8")
+        return path
+
+    def describe_place(self) -> str:
+        """The command that shows this run."""
+        return f"tensorboard --logdir {shlex.quote(shorten_path(Path(self.logger.log_dir)))}"
 
 
 class WandbWriter(LoggerWriter):
@@ -133,6 +144,11 @@ class WandbWriter(LoggerWriter):
         import wandb
 
         self.logger.log_metrics({name: wandb.Html(html)}, step)
+
+    def describe_place(self) -> str:
+        """The address of the run, or the folder of one that is offline."""
+        run = self.logger.experiment
+        return str(getattr(run, "url", None) or getattr(run, "dir", None) or "")
 
     def log_table(self, name: str, path: Path, step: int) -> None:
         """As a table to filter and to sort."""
@@ -165,6 +181,10 @@ class MLFlowWriter(LoggerWriter):
         """As an artifact."""
         self.logger.experiment.log_artifact(self.logger.run_id, str(path), path_of(name).as_posix())
 
+    def describe_place(self) -> str:
+        """The server's address or folder, and the run."""
+        return f"MLflow run {self.logger.run_id} at {self.logger._tracking_uri}"
+
     def _write(self, name: str, content: str, step: int, suffix: str) -> None:
         place = path_of(name) / f"step_{step:06d}.{suffix}"
         self.logger.experiment.log_text(self.logger.run_id, content, place.as_posix())
@@ -189,6 +209,10 @@ class CometWriter(LoggerWriter):
     def log_table(self, name: str, path: Path, step: int) -> None:
         """As an asset."""
         self.logger.experiment.log_asset(str(path), file_name=f"{name}/{path.name}", step=step)
+
+    def describe_place(self) -> str:
+        """The address of the experiment."""
+        return str(getattr(self.logger.experiment, "url", None) or "")
 
 
 class FolderWriter(LoggerWriter):
@@ -215,13 +239,25 @@ class FolderWriter(LoggerWriter):
         """One file."""
         self._write(name, step, "md", text)
 
-    def log_page(self, name: str, html: str, step: int) -> None:
+    def log_page(self, name: str, html: str, step: int) -> Path:
         """One file."""
-        self._write(name, step, "html", html)
+        return self._write(name, step, "html", html)
 
-    def _write(self, name: str, step: int, suffix: str, content: bytes | str) -> None:
-        with complete_or_absent(self.folder / path_of(name) / f"step_{step:06d}.{suffix}") as part:
+    def describe_place(self) -> str:
+        """The folder."""
+        return f"Figures: {shorten_path(self.folder)}"
+
+    def _write(self, name: str, step: int, suffix: str, content: bytes | str) -> Path:
+        path = self.folder / path_of(name) / f"step_{step:06d}.{suffix}"
+        with complete_or_absent(path) as part:
             if isinstance(content, str):
                 part.write_text(content, encoding="utf-8")
             else:
                 part.write_bytes(content)
+        return path
+
+
+def shorten_path(path: Path) -> str:
+    """A path as the user types it: relative where it is below the working folder."""
+    whole, here = path.absolute(), Path.cwd()
+    return str(whole.relative_to(here)) if whole.is_relative_to(here) else str(whole)

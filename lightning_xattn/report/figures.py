@@ -14,15 +14,18 @@ import torch
 
 from lightning_xattn.core.attention import TokenAxis, fitting_axes
 from lightning_xattn.core.files import path_of
-from lightning_xattn.core.names import shown
+from lightning_xattn.core.names import shown, shown_tag
 from lightning_xattn.core.wording import describe_size, name_modality
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
-from lightning_xattn.evaluation.statistics import ALIGNMENT, ERROR_SIDES, SCORES, STATISTICS, Column, shown_columns
+from lightning_xattn.evaluation.statistics import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
+from lightning_xattn.evaluation.support import name_cells
 from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+from lightning_xattn.functional.probe import JOINT
 from lightning_xattn.report.estimates import estimate_mean
+from lightning_xattn.report.headline import describe_headline, list_probes, list_shares, list_support
 
 # matplotlib takes a while to import, and not every run asks for figures.
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 SHOWN_CLASSES = 10
 """How many classes have curves and figures of their own, the largest ones; the others have them together."""
+
+SHOWN_EPOCHS = 3
+"""From so many validations on, the card shows its numbers over the epochs."""
 
 SHOWN_LAYERS = 4
 """How many layers have curves and figures, spread from the first to the last."""
@@ -52,24 +58,35 @@ def limit_classes(result: DatasetResult, kept: Sequence[int] | None = None) -> D
 
 def attention_figure(
     summary: LayerSummary, class_names: Sequence[str], *, classes_by: str, axes: Mapping[str, TokenAxis], context: str
-) -> Figure | None:
-    """Draw one layer's mean attention of each class on one page, both directions; None where there are no mean maps.
+) -> Figure:
+    """Draw one layer's attention card: alignment and entropy by class and outcome, and the mean map of each class.
 
     Parameters as `epoch_figures` takes them.
     """
-    from lightning_xattn.visualizations import plot_attention_by_class  # matplotlib, only where figures are wanted
+    from lightning_xattn.visualizations import Measure, plot_attention_card  # matplotlib, only where figures are wanted
 
-    if not summary.maps:
-        return None
+    has_outcomes = any(summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT))
+    measures = []
+    for title, column in _attention_columns(summary) if class_names or has_outcomes else ():
+        estimates = _estimate_groups(len(class_names), partial(estimate_mean, summary, column))
+        # A null of bins has less noise than the alignment of cells.
+        has_null = column == ALIGNMENT and not summary.is_binned
+        measures.append(Measure(title, *estimates, summary.alignment_null if has_null else math.nan))
     names, counts = _name_maps(summary, class_names)
-    direction, tokens = next(iter(summary.tokens.items()))
-    return plot_attention_by_class(
+    known = {}
+    if summary.tokens:
+        direction, tokens = next(iter(summary.tokens.items()))
+        known = fitting_axes(axes, dict(zip((direction.query, direction.key), tokens, strict=True)))
+    return plot_attention_card(
+        measures,
         {str(one): maps for one, maps in summary.maps.items()},
         counts,
-        names,
-        axes=fitting_axes(axes, dict(zip((direction.query, direction.key), tokens, strict=True))),
+        class_names,
+        map_names=names,
+        axes=known,
         tokens={str(one): counts for one, counts in summary.tokens.items()},
-        classes_by=classes_by if names != ["all samples"] else None,
+        classes_by=classes_by if class_names else None,
+        group_noun=summary.group_noun,
         context=context,
     )
 
@@ -126,7 +143,7 @@ def epoch_figures(
             key_axis=known.get(direction.key),
             tokens=(queries, keys),
             classes_by=grouping if len(of_maps) > 1 else None,
-            context=f"{context}; {queries} {shown(direction.query)} queries ask {keys} {shown(direction.key)} keys",
+            context=f"{context}; {queries} queries, {keys} keys",
         )
         yield f"xattn_map/{scope}/{direction}", figure
     entropy = {
@@ -159,67 +176,126 @@ def epoch_figures(
         yield f"xattn_outcome/{scope}/class_comparison", figure
 
 
-def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figure:
-    """Draw what is acted on over the epochs: the records of one dataloader and layer since a fit began, up to now."""
-    from lightning_xattn.visualizations import Curve, Panel, plot_epochs  # matplotlib, only where figures are wanted
+def card_figure(result: DatasetResult, records: Sequence[Mapping[str, Any]] = (), context: str = "") -> Figure | None:
+    """Draw the card: probe accuracy, contribution and support for the prediction; None where no modality is known.
 
-    last = records[-1]
-    shown = [one for one in records if one["stage"] == "val"] if last["stage"] == "val" else [last]
+    Parameters
+    ----------
+    result
+        The evaluation.
+    records
+        Of one dataloader since a fit began, up to this evaluation; with `SHOWN_EPOCHS` validations or more the card
+        shows its numbers over the epochs.
+    context
+        Where the numbers come from, e.g. ``"val, epoch 3"``.
+    """
+    from lightning_xattn.visualizations import Cell, plot_card  # matplotlib, only where figures are wanted
+
+    fusion = result.fusion
+    if fusion is None:
+        return None
+    sentence, size = describe_headline(result).sentence, describe_size(fusion.samples, None, None)
+    if fusion.known_groups is not None:
+        size = f"{size}, {fusion.known_groups} {fusion.group_noun}"
+    context = f"{context}; {size}" if context else size
+    validations = [one for one in records if one["stage"] == "val" and "probed_samples" in one]
+    if len(validations) >= SHOWN_EPOCHS and records[-1]["stage"] == "val":
+        return _draw_epochs(fusion, validations, sentence, context)
+    right = {name: fusion.estimate(f"right/{name}") for name in (*fusion.modalities, JOINT)}
+    right["model"] = fusion.estimate("correct")
+    probes = {name: one for name, one in right.items() if math.isfinite(one.mean)}
+    shares: dict[str, Estimate] = {}
+    if not fusion.contribution_problem and not fusion.is_regression:
+        shares = {name: one for name in fusion.modalities if math.isfinite((one := fusion.share(name)).mean)}
+    cells = [Cell(one.name, one.share, one.accuracy, one.confidence) for one in fusion.cells if one.samples]
+    return plot_card(
+        fusion.modalities,
+        probes or _as_sentence(list_probes(fusion)),
+        shares or _as_sentence(list_shares(fusion)),
+        cells or _as_sentence(list_support(fusion)),
+        largest_class=fusion.largest_class,
+        sentence=sentence,
+        group_noun=fusion.group_noun,
+        context=context,
+    )
+
+
+def _as_sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+def _draw_epochs(fusion: FusionSummary, records: Sequence[Mapping[str, Any]], sentence: str, context: str) -> Figure:
+    """Draw the card's numbers over the epochs."""
+    from lightning_xattn.visualizations import Curve, Panel, plot_epochs
+    from lightning_xattn.visualizations.card import look_of_modality
+    from lightning_xattn.visualizations.drawing import Look
+
     # Several validations of one epoch differ in their steps alone.
-    unit = "epoch" if len({one["epoch"] for one in shown}) == len(shown) else "step"
-    moments = [one[unit] for one in shown]
+    unit = "epoch" if len({one["epoch"] for one in records}) == len(records) else "step"
+    moments = [one[unit] for one in records]
     # What is undefined in an epoch is not in its record.
-    known = dict.fromkeys(name for one in shown for name in one)
+    known = dict.fromkeys(name for one in records for name in one)
 
-    def over(name: str) -> list[float]:
-        return [one.get(name, math.nan) for one in shown]
+    def over(name: str, scale: float) -> list[float]:
+        return [scale * one.get(name, math.nan) for one in records]
 
-    def draw(title: str, name: str) -> Curve:
-        return Curve(title, moments, *(over(name + end) for end in ("", "_low", "_high")))
+    def draw(names: Mapping[str, str], scale: float = 100.0) -> list[Curve]:
+        return [
+            Curve(title, moments, *(over(f"{name}{end}", scale) for end in ("", "_low", "_high")))
+            for name, title in names.items()
+            if name in known
+        ]
 
-    def draw_each(topic: str, names: Sequence[str] = ()) -> list[Curve]:
-        """The curves of a topic: those of these names, or all of it but for ends of intervals and parts."""
-        found = [name.removeprefix(topic) for name in known if name.startswith(topic)]
-        names = names or [name for name in found if "/" not in name and not name.endswith(("_low", "_high"))]
-        return [draw(name, topic + name) for name in names]
+    modalities = {shown_tag(name): name_modality(name) for name in fusion.modalities}
+    looks = {title: look_of_modality(place) for place, title in enumerate(modalities.values())}
+    looks |= {"joint": Look("0.45", True, "--", "P"), "model": Look("black", True, "-", "o")}
+    looks |= {"all predictions": looks["model"], "supported by all": Look("0.2", False, "--", "o")}
+    looks |= {"supported by none": Look("0.45", False, "--", "D")}
+    looks |= {name: Look(grey, False, "--", marker) for (_, name), grey, marker in _grey_cells(fusion.modalities)}
+    looks |= {f"only {name}": looks[name] for name in modalities.values()}
+    probes = {f"probe/{tag}": name for tag, name in modalities.items()} | {f"probe/{JOINT}": "joint"}
+    cells = {f"support/{shown_tag(key)}": name for key, name in name_cells(fusion.modalities)}
+    accuracy, percents = {"accuracy": "model"}, (0.0, 100.0)
+    panels = [
+        Panel("Probe accuracy (%)", draw(probes | accuracy), percents, ("largest class", over("largest_class", 100))),
+        Panel(
+            "Contribution (%)", draw({f"contribution/share/{tag}": name for tag, name in modalities.items()}), percents
+        ),
+        Panel("Support (% of predictions)", draw(cells), percents),
+        Panel(
+            "Accuracy by support (%)",
+            draw(
+                {
+                    "accuracy": "all predictions",
+                    "support/accuracy/supported": "supported by all",
+                    "support/accuracy/unsupported": "supported by none",
+                }
+            ),
+            percents,
+        ),
+    ]
+    if fusion.is_regression:
+        sizes = {f"contribution/size/{tag}": name for tag, name in modalities.items()}
+        panels[1] = Panel("Contribution (size)", draw(sizes, 1.0), (0.0, math.inf))
+    return plot_epochs(panels, title=sentence, unit=unit, looks=looks, context=context)
 
-    outcomes = ("correct", "incorrect")
-    panels = []
-    if "alignment/all" in known:
-        # A null of bins has less noise than the alignment of cells.
-        null = ("", []) if "alignment_of_bins" in known else ("null", over("alignment/null"))
-        panels.append(Panel("alignment", draw_each("alignment/", outcomes), (-1, 1), null))
-    if any(name.startswith("entropy/") for name in known):
-        panels.append(Panel("entropy", draw_each("entropy/", outcomes), (0, 1)))
-    if "probed_samples" in known:
-        cells = [one.name for one in draw_each("support/") if one.name != "delta_auroc"]
-        supported = [draw(name.replace("_", " "), f"support/{name}") for name in cells]
-        panels.append(Panel("predictions supported by", supported, (0, 1)))
-        largest = "largest class", over("largest_class")
-        panels.append(Panel("accuracy of each probe", draw_each("probe/"), (0, 1), largest))
-        if any(name.startswith("contribution/size/") for name in known):
-            panels.append(Panel("size of the contribution", draw_each("contribution/size/"), (0, math.inf)))
-        else:
-            panels.append(Panel("share of the contribution", draw_each("contribution/share/"), (-1, 2)))
-    scores = [name for name in ("confidence", "support", "alignment", "entropy") if f"outcome/{name}_auroc" in known]
-    if scores:
-        curves = [draw(f"{ERROR_SIDES[name]} {name}", f"outcome/{name}_auroc") for name in scores]
-        panels.append(Panel("detects errors (AUROC)", curves, (0, 1), ("chance", [0.5] * len(moments))))
-    return plot_epochs(panels, unit=unit, context=context)
+
+def _grey_cells(modalities: Sequence[str]) -> Iterator[tuple[tuple[str, str], str, str]]:
+    """Each cell of support with a grey, the lighter the fewer modalities support its predictions, and a marker."""
+    cells = name_cells(modalities)
+    for place, cell in enumerate(cells):
+        yield cell, str(round(0.6 * place / (len(cells) - 1), 2)), "oPXDv^"[place % 6]
 
 
 def fusion_figures(
     summary: FusionSummary, scope: str, class_names: Sequence[str], *, classes_by: str, context: str
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw who supports the predictions, and each modality's share of the contributions, where these are defined.
+    """Draw each modality's share of the contributions by class and outcome, where it is defined.
 
     Parameters as `epoch_figures` takes them.
     """
-    from lightning_xattn.visualizations import plot_class_comparison, plot_support  # only where figures are wanted
+    from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
 
-    if summary.cells:
-        cells = [(one.name, one.samples, one.share, one.accuracy, one.confidence) for one in summary.cells]
-        yield f"xattn_support/{scope}/cells", plot_support(cells, group_noun=summary.group_noun, context=context)
     has_outcomes = bool(((summary.outcomes == CORRECT) | (summary.outcomes == INCORRECT)).any())
     if summary.contribution_problem or summary.is_regression or not (class_names or has_outcomes):
         return
@@ -247,22 +323,25 @@ def fusion_figures(
 def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
     """Draw a data set: a name that can be a file's, and the figure, one at a time.
 
-    Shares of the modalities in the contributions; mean attention of each class, entropy of each head, and what is
-    compared by class and outcome with its 95 % intervals. A second layer's names end with the layer.
+    The card, and each layer's attention card; then shares of the contributions by class, mean attention of each class,
+    entropy of each head, and what is compared by class and outcome. A second layer's names end with the layer.
     """
     explained = limit_classes(explained)
     names, classes_by, fusion = explained.class_names, explained.classes_by, explained.fusion
     if fusion is not None:
         context = describe_size(fusion.samples, fusion.known_groups, fusion.group_noun)
+        card = card_figure(explained)
+        if card is not None:
+            yield "card", card
         for tag, figure in fusion_figures(fusion, "all", names, classes_by=classes_by, context=context):
             yield _name_file(tag), figure
     for layer in limit_layers(list(explained.summaries)):
         summary = explained.summaries[layer]
         context = f"layer {shown(layer)}, {describe_size(summary.samples, summary.groups(), summary.group_noun)}"
         end = "" if summary is explained.headline else f"_{layer}"
-        for tag, figure in epoch_figures(
-            summary, "all", names, classes_by=classes_by, axes=explained.axes, context=context
-        ):
+        said: dict[str, Any] = {"classes_by": classes_by, "axes": explained.axes, "context": context}
+        yield f"attention{end}", attention_figure(summary, names, **said)
+        for tag, figure in epoch_figures(summary, "all", names, **said):
             yield _name_file(tag) + end, figure
 
 
@@ -284,9 +363,20 @@ def _compared_columns(summary: LayerSummary) -> Iterator[tuple[str, Column]]:
     for score in SCORES:
         for column in shown_columns(score.statistic, summary.columns):
             way = (
-                "" if column.direction is None else f" {shown(column.direction.query)} → {shown(column.direction.key)}"
+                ""
+                if column.direction is None
+                else f" {name_modality(column.direction.query)} → {name_modality(column.direction.key)}"
             )
             yield f"{score}{way} ({STATISTICS[score.statistic].scale})", column
+
+
+def _attention_columns(summary: LayerSummary) -> Iterator[tuple[str, Column]]:
+    """Alignment, and the entropy of each direction, with short titles."""
+    if ALIGNMENT in summary.columns:
+        yield "alignment", ALIGNMENT
+    for direction in summary.heads:
+        if (column := Column("entropy", direction)) in summary.columns:
+            yield f"entropy {name_modality(direction.query)} → {name_modality(direction.key)}", column
 
 
 def _estimate_groups(

@@ -9,26 +9,29 @@ the scale. Every figure is also written to ``save_path`` where that is given.
 """
 
 from lightning_xattn.functional.intervals import Estimate
-from lightning_xattn.visualizations.class_maps import plot_attention_by_class
+from lightning_xattn.visualizations.attention_card import Measure, plot_attention_card
+from lightning_xattn.visualizations.card import Cell, plot_card
 from lightning_xattn.visualizations.comparison import plot_class_comparison
+from lightning_xattn.visualizations.curves import Curve, Panel, plot_epochs
 from lightning_xattn.visualizations.epoch import plot_class_attention, plot_head_entropy
 from lightning_xattn.visualizations.heads import plot_head_contributions
 from lightning_xattn.visualizations.output import map_picture, render, svg_picture
-from lightning_xattn.visualizations.overview import Curve, Panel, plot_epochs
 from lightning_xattn.visualizations.sample import (
     plot_attention_heatmap,
     plot_cross_modal_attention,
     plot_modality_alignment,
 )
-from lightning_xattn.visualizations.support import plot_support
 
 __all__ = [
+    "Cell",
     "Curve",
     "Estimate",
+    "Measure",
     "Panel",
     "map_picture",
-    "plot_attention_by_class",
+    "plot_attention_card",
     "plot_attention_heatmap",
+    "plot_card",
     "plot_class_attention",
     "plot_class_comparison",
     "plot_cross_modal_attention",
@@ -36,7 +39,6 @@ __all__ = [
     "plot_head_contributions",
     "plot_head_entropy",
     "plot_modality_alignment",
-    "plot_support",
     "render",
     "svg_picture",
 ]

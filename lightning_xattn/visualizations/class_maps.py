@@ -1,14 +1,12 @@
-"""The figure of an epoch's maps: the mean attention of each class in both directions, side by side."""
+"""The mean attention map of each class in both directions, side by side on a page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 from numpy.typing import ArrayLike, NDArray
@@ -24,14 +22,12 @@ from lightning_xattn.visualizations.drawing import (
     as_array,
     count_classes,
     describe_cells,
-    per_group,
     place_tokens,
     text_inches,
     undefined_key,
     wrap,
 )
 from lightning_xattn.visualizations.lifts import lift_scale
-from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pages import LINE, MARGIN, NUMBERS, PAGE_WIDTH, RIGHT, SMALL, TICK, Page
 from lightning_xattn.visualizations.plots import ticks_between, write_ticks
 
@@ -55,18 +51,16 @@ class _Column(NamedTuple):
     width: float
 
 
-def plot_attention_by_class(
+def draw_class_maps(
+    page: Page,
     maps: Mapping[str, ArrayLike],
     counts: ArrayLike,
     class_names: Sequence[str],
     *,
     axes: Mapping[str, TokenAxis] | None = None,
     tokens: Mapping[str, tuple[int, int]] | None = None,
-    classes_by: str | None = "target",
-    context: str = "",
-    save_path: str | PathLike[str] | None = None,
-) -> Figure:
-    """Draw the mean attention of each class on one page: a row for each class, a column for each direction.
+) -> None:
+    """Draw the mean attention of each class on a page: a row for each class, a column for each direction.
 
     The colour is the *lift over uniform*, mean weight times the number of keys, as in ``plot_class_attention``. All
     classes of a direction have one scale; each direction has its own, so that the stronger one does not blank the
@@ -75,6 +69,8 @@ def plot_attention_by_class(
 
     Parameters
     ----------
+    page
+        Where to draw.
     maps
         By direction (one, or both), ``(classes, queries, keys)`` mean attention weights in [0, 1]; NaN where undefined.
     counts
@@ -86,27 +82,13 @@ def plot_attention_by_class(
     tokens
         By direction, how many queries and keys the maps are of, where a cell is the mean of several; None: as many as
         the maps have.
-    classes_by
-        What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
-    context
-        Where the numbers come from, for the title, e.g. ``"val, epoch 3, layer fusion"``.
-    save_path
-        Also write the figure there (PNG, PDF, SVG and others, by suffix).
 
     Raises
     ------
     ShapeError
         If the maps, the counts, the names, the axes and the numbers of tokens do not fit each other.
     SettingError
-        If there is no class, the directions are not one or two of the same modalities, ``classes_by`` is not one, an
-        axis' spans do not ascend, or the suffix of ``save_path`` is not one that matplotlib can write.
-
-    Examples
-    --------
-    >>> maps = {"image_to_text": torch.randn(2, 9, 12).softmax(-1), "text_to_image": torch.randn(2, 12, 9).softmax(-1)}
-    >>> figure = plot_attention_by_class(maps, [40, 30], ["cat", "dog"], save_path="maps.png")
-    >>> Path("maps.png").is_file()
-    True
+        If there is no class, the directions are not one or two of the same modalities, or an axis' spans do not ascend.
     """
     classes = count_classes(class_names)
     samples = as_array("counts", counts, classes=classes)
@@ -119,7 +101,6 @@ def plot_attention_by_class(
     along = _place(first, weights[first].shape[1:], sizes[first], axes or {})
     across, down = along[::-1] if len(along[0]) <= len(along[1]) else along
 
-    page = Page(f"Mean attention{per_group(classes_by)}", context)
     height = _height_of(down, classes)
     asks = wrap(down.title, classes * (height + LINE), SMALL)
     left = MARGIN + LINE * len(asks.splitlines()) + down.room("y", height) + TICK
@@ -150,7 +131,6 @@ def plot_attention_by_class(
     page.write(" ".join(filter(None, remarks)))
     if any(np.isnan(one.lifts).any() for one in columns):
         page.legend([undefined_key()])
-    return save(page.finish(), save_path)
 
 
 def _check_directions(weights: Mapping[Direction, NDArray[Any]]) -> Direction:

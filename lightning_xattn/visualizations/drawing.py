@@ -24,14 +24,14 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_xattn.core.attention import Direction, TokenAxis
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.core.names import clean, shown
-from lightning_xattn.core.wording import decimal
+from lightning_xattn.core.wording import decimal, name_modality
 from lightning_xattn.visualizations.output import COLOURS, WindowFigure, with_boxes
 
 WIDTH, _DPI = 9.0, 100  # inches, and dots in each, of a figure that is seen in its full width
 _LINE = 0.17  # inches that a line of 10 points takes
 LONGEST_NAME, LONGEST_CONTEXT = 40, 400  # characters
-HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-"""Colours of Okabe and Ito, of as many modalities as can be told."""
+HUES = ("#00857A", "#8E3A9E", "#A67C00", "#5A6B7B", "#B3245E")
+"""Colours of modalities; none is that of an outcome, see ``LOOKS``."""
 UNDEFINED: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "///", "linewidth": 0}
 
 
@@ -112,7 +112,7 @@ def place_tokens(role: str, modality: str, cells: int, axis: TokenAxis | None, t
     first = first_tokens(counted, cells)
     numbered, start = first - 0.5, f"{role}: " if role else ""
     if axis is None:
-        name = f"{role} token" if modality == role else f"{start}{shown(modality, LONGEST_NAME)} token"
+        name = f"{role} token" if modality == role else f"{start}{shown(name_modality(modality), LONGEST_NAME)} token"
         return MapAxis(name, numbered, whole=True)
     if len(axis) != counted:
         what = "maps have" if tokens is None else "maps are of"
@@ -261,7 +261,7 @@ def set_title(fig: Figure, title: str, context: str, remark: str = "") -> None:
 
 def arrow(direction: Direction) -> str:
     """Write a direction for a reader, the one who asks first."""
-    return f"{shown(direction.query, LONGEST_NAME)} → {shown(direction.key, LONGEST_NAME)}"
+    return " → ".join(shown(name_modality(one), LONGEST_NAME) for one in (direction.query, direction.key))
 
 
 def wrap(text: str, inches: float, size: float = 10) -> str:

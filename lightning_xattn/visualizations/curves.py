@@ -1,9 +1,9 @@
-"""The figure of epochs: curves with their intervals, small multiples on one page."""
+"""Curves over epochs with their intervals: small multiples on one page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from matplotlib.markers import CARETRIGHT
 from matplotlib.transforms import Bbox
 
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.visualizations.drawing import HUES, LOOKS, NULL, text_inches, wrap
+from lightning_xattn.visualizations.drawing import HUES, LOOKS, NULL, Look, text_inches, wrap
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pages import (
     BESIDE,
@@ -85,7 +85,13 @@ class Panel(NamedTuple):
 
 
 def plot_epochs(
-    panels: Sequence[Panel], *, unit: str = "epoch", context: str = "", save_path: str | PathLike[str] | None = None
+    panels: Sequence[Panel],
+    *,
+    title: str = "",
+    unit: str = "epoch",
+    looks: Mapping[str, Look] | None = None,
+    context: str = "",
+    save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw numbers over the epochs, with their 95 % intervals as bands, a panel for each question.
 
@@ -93,8 +99,12 @@ def plot_epochs(
     ----------
     panels
         At least one.
+    title
+        What the numbers say.
     unit
         What the curves are over.
+    looks
+        How curves look, by their names; the others have looks of their own.
     context
         Where the numbers come from, for the title.
     save_path
@@ -114,13 +124,14 @@ def plot_epochs(
     """
     if not panels:
         raise SettingError("At least one panel is needed; got none.")
-    page = Page(f"{unit.capitalize()} by {unit}", context)
-    page.write("Bands and bars: 95 % CI.")
+    page = Page(title or f"{unit.capitalize()} by {unit}", context)
+    known = LOOKS | dict(looks or {})
     for start in range(0, len(panels), 2):
         beside = panels[start : start + 2]
         page.skip(0.06)
         plots = _add_plots(page, beside, unit)
-        _write_keys(page, [_draw(page, plot, panel) for plot, panel in zip(plots, beside, strict=True)])
+        _write_keys(page, [_draw(page, plot, panel, known) for plot, panel in zip(plots, beside, strict=True)])
+    page.write("Bands and bars: 95 % CI.")
     return save(page.finish(), save_path)
 
 
@@ -155,11 +166,14 @@ def _range(panel: Panel) -> tuple[float, float]:
     if not ends:
         return 0.0, 1.0
     bottom, top = max(min(ends), panel.range[0]), min(max(ends), panel.range[1])
-    margin = 0.08 * max(top - bottom, 0.02)
-    return bottom - margin, top + margin
+    # At least a tenth of what is possible, so that noise does not fill a panel.
+    whole = panel.range[1] - panel.range[0]
+    missing = max(0.1 * whole - (top - bottom), 0.0) / 2 if math.isfinite(whole) else 0.0
+    margin = 0.08 * max(top - bottom, 1e-9)
+    return bottom - missing - margin, top + missing + margin
 
 
-def _draw(page: Page, plot: Plot, panel: Panel) -> list[Key]:
+def _draw(page: Page, plot: Plot, panel: Panel, looks: Mapping[str, Look]) -> list[Key]:
     """Draw a panel; returns what its legend says."""
     name, reference = panel.reference
     if not any(math.isfinite(one) for curve in panel.curves for one in (*curve.values, *reference)):
@@ -170,7 +184,7 @@ def _draw(page: Page, plot: Plot, panel: Panel) -> list[Key]:
     keys: list[Key] = []
     is_cut = False
     for place, curve in enumerate(panel.curves):
-        style = _look_of(curve.name, place)
+        style = _look_of(looks.get(curve.name), place)
         plot.line(curve.moments, curve.values, label=curve.name, **style)
         keys.append((curve.name, style))
         if len(curve.low):
@@ -187,9 +201,8 @@ def _draw(page: Page, plot: Plot, panel: Panel) -> list[Key]:
     return [*keys, _CUT] if is_cut else keys
 
 
-def _look_of(name: str, place: int) -> dict[str, Any]:
-    """How a curve is drawn; outcomes have looks of their own."""
-    look = LOOKS.get(name)
+def _look_of(look: Look | None, place: int) -> dict[str, Any]:
+    """How a curve is drawn; one without a look by its place."""
     colour = look.colour if look else HUES[place % len(HUES)]
     line, marker = (look.line, look.marker) if look else (_DASHES[place % len(_DASHES)], "o^sDv"[place % 5])
     face = "white" if look and not look.is_filled else colour

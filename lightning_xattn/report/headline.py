@@ -1,0 +1,214 @@
+"""The answer in ten seconds: one sentence about an evaluation, three numbers, and what needs an action."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_xattn.core.wording import decimal, describe_size, name_modality, percent, say_interval
+from lightning_xattn.evaluation.fusion_summary import FusionSummary
+from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.evaluation.support import estimate_unsupported, unused
+from lightning_xattn.functional.intervals import Estimate
+from lightning_xattn.functional.probe import JOINT
+from lightning_xattn.functional.shapley import MOSTLY
+from lightning_xattn.report.estimates import format_estimate
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a reader should know of an evaluation.
+
+    Attributes
+    ----------
+    sentence
+        What the model uses, whether its modalities support its predictions, and whether errors differ in that.
+    numbers
+        Probe accuracy, contribution and support, each with its 95 % CI, or why it is not computed.
+    warnings
+        What needs an action, a sentence each.
+
+    Examples
+    --------
+    >>> Headline("The model mostly uses EEG (88 % of the contribution).", (), ()).sentence
+    'The model mostly uses EEG (88 % of the contribution).'
+    """
+
+    sentence: str
+    numbers: Sequence[tuple[str, str]]
+    warnings: Sequence[str]
+
+
+def describe_headline(result: DatasetResult) -> Headline:
+    """The headline of an evaluation. It claims nothing that a 95 % CI does not support.
+
+    Parameters
+    ----------
+    result
+        Of one dataloader.
+    """
+    fusion = result.fusion
+    if fusion is None:
+        return Headline(_describe_attention(result), (), ())
+    numbers = (
+        ("Probe accuracy", list_probes(fusion)),
+        ("Contribution", list_shares(fusion)),
+        ("Support", list_support(fusion)),
+    )
+    return Headline(_describe_fusion(fusion), numbers, tuple(_find_warnings(fusion)))
+
+
+CAPTIONS = {
+    "Probe accuracy": "How often a linear probe on each modality alone, and on all jointly, predicts the right class.",
+    "Contribution": "Each modality's share of what moves the model's prediction when modalities are permuted.",
+    "Support": "Share of the predictions that the probes of all modalities predict, too, or none, with the model's "
+    "accuracy there.",
+}
+"""What each number means."""
+
+
+def describe_with_captions(result: DatasetResult) -> str:
+    """The headline of an evaluation as Markdown, with the meaning of each number."""
+    found = describe_headline(result)
+    parts = [f"**{found.sentence}**"]
+    parts += [f"**{name}:** {text}  \n*{CAPTIONS[name]}*" for name, text in found.numbers]
+    parts += [f"**Warning:** {text}" for text in found.warnings]
+    return "\n\n".join([*parts, "In brackets: 95 % CI."]) + "\n"
+
+
+def _describe_attention(result: DatasetResult) -> str:
+    """Of an evaluation of which the modalities are not known."""
+    if not result.summaries:
+        return "Nothing was recorded."
+    one = result.headline
+    size = describe_size(one.samples, one.groups(), one.group_noun)
+    return f"Attention alone was recorded ({size}): what enters the fusion is not known."
+
+
+def _describe_fusion(fusion: FusionSummary) -> str:
+    sentences = [*_describe_use(fusion), *_describe_agreement(fusion)]
+    if sentences:
+        return " ".join(sentences)
+    if not fusion.samples:
+        return "Nothing is computed of the modalities: no sample has all of them."
+    return f"Neither what the model uses nor who supports its predictions is known ({fusion.samples} samples)."
+
+
+def _describe_use(fusion: FusionSummary) -> Iterator[str]:
+    """What the model uses, if that is known."""
+    if fusion.contribution_problem:
+        return
+    if fusion.is_regression:
+        sizes = [f"{name_modality(name)} by {decimal(fusion.size(name).mean)}" for name in fusion.modalities]
+        yield f"{_join(sizes)} moves the output on average."
+        return
+    shares = {name: fusion.share(name) for name in fusion.modalities}
+    known = {name: share for name, share in shares.items() if math.isfinite(share.low)}
+    if len(known) < len(shares):
+        return
+    most = max(known, key=lambda name: known[name].mean)
+    if known[most].low > MOSTLY:
+        yield f"The model mostly uses {name_modality(most)} ({percent(known[most].mean, 0)} of the contribution)."
+        return
+    first, *others = ((name_modality(name), percent(share.mean, 0)) for name, share in known.items())
+    listed = [f"{first[0]} ({first[1]} of the contribution)", *(f"{name} ({share})" for name, share in others)]
+    yield f"The model uses {_join(listed)}."
+
+
+def _describe_agreement(fusion: FusionSummary) -> Iterator[str]:
+    """Who supports the predictions, and whether errors are where nobody does, if that is known."""
+    if not fusion.cells or not (fusion.support_cell >= 0).any():
+        return
+    first, none = fusion.cells[0], estimate_unsupported(fusion)
+    is_pair = len(fusion.modalities) == 2
+    who, nobody = ("Both modalities support", "neither does") if is_pair else ("All modalities support", "none does")
+    said = f"{who} {percent(first.share.mean, 0)} of the predictions"
+    if not math.isfinite(first.accuracy.low):
+        yield f"{said}."
+    elif not math.isfinite(none.low):
+        yield f"{said} and {percent(first.accuracy.mean, 0)} of these are right."
+    elif first.accuracy.low > none.high:
+        right = percent(first.accuracy.mean, 0), percent(none.mean, 0)
+        yield f"{said} and {right[0]} of these are right, {right[1]} where {nobody}."
+    else:
+        right = percent(first.accuracy.mean, 0), percent(none.mean, 0)
+        yield f"{said}; accuracy is not clearly lower where {nobody} ({right[0]} against {right[1]})."
+
+
+def _find_warnings(fusion: FusionSummary) -> Iterator[str]:
+    """What needs an action."""
+    model, largest = fusion.estimate("correct"), fusion.largest_class
+    if math.isfinite(model.low) and math.isfinite(largest) and model.low <= largest:
+        yield (
+            f"The model is right for {percent(model.mean, 0)} of the samples, not clearly more than the largest class "
+            f"has ({percent(largest, 0)}): train it longer before you read the rest."
+        )
+    joint = fusion.estimate(f"right/{JOINT}").mean
+    for name in fusion.modalities:
+        if unused(fusion, name) == 1:
+            without = joint - fusion.estimate(f"joint_gain/{name}").mean
+            yield (
+                f"The model does not use {name_modality(name)}, though a joint linear probe is right for "
+                f"{percent(joint, 0)} with it and for {percent(without, 0)} without it: see docs/acting.md."
+            )
+
+
+def list_probes(fusion: FusionSummary) -> str:
+    """The accuracy of each modality's probe and of the model, or why there is none."""
+    right = {name: fusion.estimate(f"right/{name}") for name in (*fusion.modalities, JOINT)}
+    known = {name: one for name, one in right.items() if math.isfinite(one.mean)}
+    if not known:
+        reasons = list(dict.fromkeys(fusion.probe_problems.values()))
+        return _not_computed(reasons[0] if reasons else "these samples have no labels that are classes")
+    found = [f"{'joint' if name == JOINT else name_modality(name)} {_brief(one)}" for name, one in known.items()]
+    largest = fusion.largest_class
+    found += [f"largest class {percent(largest, 0)}"] if math.isfinite(largest) else []
+    return ", ".join(found)
+
+
+def list_shares(fusion: FusionSummary) -> str:
+    """Each modality's share of the contributions, or why there is none."""
+    if fusion.contribution_problem:
+        return _not_computed(fusion.contribution_problem)
+    if fusion.is_regression:
+        sizes = {name: fusion.size(name) for name in fusion.modalities}
+        return ", ".join(f"{name_modality(name)} {format_estimate(size)}" for name, size in sizes.items())
+    shares = {name: fusion.share(name) for name in fusion.modalities}
+    if not any(math.isfinite(one.mean) for one in shares.values()):
+        return _not_computed("the contributions do not clearly add up to more than 0")
+    return ", ".join(f"{name_modality(name)} {_brief(share)}" for name, share in shares.items())
+
+
+def list_support(fusion: FusionSummary) -> str:
+    """Accuracy of the predictions that all modalities support, and of those that none supports, or why not."""
+    if fusion.support_problem:
+        return _not_computed(fusion.support_problem)
+    if not (fusion.support_cell >= 0).any():
+        return _not_computed("no sample has a prediction that the probes know")
+    first, is_pair = fusion.cells[0], len(fusion.modalities) == 2
+    none = fusion.proportion(fusion.support_cell >= len(fusion.cells) - 2, fusion.support_cell >= 0)
+    rows: Mapping[str, tuple[Estimate, Estimate]] = {
+        "both" if is_pair else "all": (first.share, first.accuracy),
+        "neither" if is_pair else "none": (none, estimate_unsupported(fusion)),
+    }
+    return ", ".join(
+        f"{name} {percent(share.mean, 0)}" + (f" (accuracy {_brief(right)})" if math.isfinite(right.low) else "")
+        for name, (share, right) in rows.items()
+    )
+
+
+def _brief(one: Estimate) -> str:
+    """As ``79 % [73 to 84]``."""
+    if math.isnan(one.mean):
+        return "undefined"
+    interval = "" if math.isnan(one.low) else f" [{say_interval(100 * one.low, 100 * one.high, 0)}]"
+    return f"{percent(one.mean, 0)}{interval}"
+
+
+def _not_computed(reason: str) -> str:
+    return f"not computed: {reason}"
+
+
+def _join(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
