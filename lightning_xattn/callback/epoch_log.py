@@ -116,7 +116,8 @@ class EpochLog:
             self._drawn(number, ended[number], shown[number], history, new) for number, new in records.items() if new
         ]
         tags = {f"xattn_about/{self.scope(0, '')}/{name}": path for name, path in tables.items()}
-        self.run.headlines = {f"{one.scope}": describe_headline(one.whole) for one in drawn}
+        if may_draw(self.trainer):
+            self.run.headlines = {one.scope: describe_headline(one.whole) for one in drawn}
         self._draw(Pictures(drawn, tags, logged_step(self.trainer)))
         return [record for new in records.values() for record in new]
 

@@ -103,7 +103,7 @@ def test_fit_leaves_curves_and_images_in_tensorboard_at_every_epoch(tmp_path):
     assert {len(points) for points in curves} == {2}  # the sanity check leaves nothing
     assert all(-1 <= point.value <= 1 for points in curves for point in points)
     steps = [point.step for point in curves[0]]
-    for figure in ("about/val/overview", "map/val/by_class"):
+    for figure in ("card/val/1_modalities", "card/val/2_attention"):
         images = events.Images(f"xattn_{figure}")
         assert [image.step for image in images] == steps
         assert images[0].width == 2 * 324  # twice as wide as TensorBoard shows it

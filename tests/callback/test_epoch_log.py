@@ -5,7 +5,6 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
-from matplotlib.markers import CARETUP
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,10 +15,8 @@ from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.evaluation.curves import mean_curves
 from lightning_xattn.evaluation.results import REST
 from lightning_xattn.evaluation.statistics import ALIGNMENT
-from lightning_xattn.report.figures import overview_figure
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader, validate
-from tests.visualizations.conftest import texts
 
 MANY = 14
 
@@ -130,7 +127,7 @@ def test_of_many_layers_four_and_the_mean_are_shown(tmp_path):
     assert set(pd.read_parquet(tmp_path / "attention")["layer"]) == {f"layers.{i}" for i in range(6)}
 
 
-@pytest.mark.parametrize("broken", ["create_explainability_report", "overview_figure"])
+@pytest.mark.parametrize("broken", ["create_explainability_report", "describe_with_captions", "card_figure"])
 def test_what_is_wrong_in_our_own_extras_ends_no_run(broken, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise ZeroDivisionError("oh")
@@ -140,44 +137,6 @@ def test_what_is_wrong_in_our_own_extras_ends_no_run(broken, tmp_path, monkeypat
     with pytest.warns(XAttnWarning, match=tells("oh")):
         logged = validate(ToyModule(), AttentionExplainabilityCallback(), logger=False, default_root_dir=tmp_path)
     assert "xattn_alignment/val/all" in logged
-
-
-def record(epoch, **more):
-    return {"stage": "val", "epoch": epoch, "step": 10 * epoch, **more}
-
-
-def test_the_overview_is_of_validations_and_has_the_null_and_the_intervals():
-    numbers = {"alignment/all": 0.2, "alignment/correct": 0.3, "alignment/incorrect": 0.1, "alignment/null": 0.05}
-    numbers |= {"alignment/correct_low": 0.25, "alignment/correct_high": 0.35}
-    tests = [record(5, **numbers) | {"stage": "test"}]
-    now = [record(epoch, **numbers | {"alignment/correct": 0.3 + epoch}) for epoch in range(3)]
-    figure = overview_figure([*tests, *now], "val, epoch 2")
-    (panel,) = figure.plots
-    lines = {line.get_label(): line for line in panel.lines}
-    assert set(lines) == {"correct", "incorrect", "null"}
-    assert lines["correct"].get_xdata().tolist() == [0, 1, 2]
-    assert lines["correct"].get_ydata().tolist() == [0.3, 1.3, 2.3]
-    assert panel.bands["correct"].get_path().vertices[:, 1].max() == pytest.approx(0.35)
-
-
-def test_an_arrow_marks_where_an_interval_leaves_the_panel():
-    numbers = {"probed_samples": 9, "probe/left": 0.9, "probe/left_low": 0.8}
-    records = [record(epoch, **numbers, **{"probe/left_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))]
-    figure = overview_figure(records, "val")
-    panel = next(panel for panel in figure.plots if panel.title == "accuracy of each probe")
-    (arrow,) = panel.marks
-    top = panel.ylim[1]
-    assert arrow.get_marker() == CARETUP
-    assert (arrow.get_xdata().tolist(), arrow.get_ydata().tolist()) == ([1, 2], [top, top])
-    said = texts(figure).splitlines()
-    assert said.count("goes on beyond the panel") == 1
-
-
-def test_several_validations_of_an_epoch_are_drawn_over_steps():
-    records = [{"stage": "val", "epoch": 0, "step": step, "probed_samples": 9} for step in (3, 7)]
-    figure = overview_figure(records, "val")
-    assert {(panel.label, panel.note) for panel in figure.plots} == {("step", "not computed")}
-    assert texts(figure).splitlines().count("not computed") == len(figure.plots)
 
 
 def test_models_with_one_direction_have_curves_of_correct_and_incorrect():
@@ -205,19 +164,12 @@ def test_trial_runs_without_a_logger_leave_nothing(setting, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_number_that_the_last_epoch_lacks_is_drawn_of_those_before():
-    records = [record(e, **{"probed_samples": 9, "contribution/share/a": 0.6}) for e in range(3)]
-    figure = overview_figure([*records, record(3, probed_samples=9)], "val")
-    panel = next(panel for panel in figure.plots if panel.title == "share of the contribution")
-    assert panel.lines[0].get_ydata()[:3].tolist() == [0.6] * 3
-
-
 def test_the_epochs_report_names_every_class(tmp_path, monkeypatch):
     for figures in ("main_figures", "other_figures"):  # drawing takes most of the time
         monkeypatch.setattr(Drawn, figures, lambda self: ())
     torch.manual_seed(0)
     watch = AttentionExplainabilityCallback()
     validate(ManyClasses(), watch, many_classes(), logger=False, default_root_dir=tmp_path)
-    (report,) = (tmp_path / "xattn_output").rglob("*.md")
-    assert all(f"class_{i} " in report.read_text() for i in range(MANY))
-    assert REST not in report.read_text().split()
+    (report,) = (tmp_path / "xattn_output").rglob("*.html")
+    assert all(f">class_{i}<" in report.read_text() for i in range(MANY))
+    assert f">{REST}<" not in report.read_text()

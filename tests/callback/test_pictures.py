@@ -16,16 +16,17 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.callback import pictures as pictures_module
 from lightning_xattn.callback.pictures import Drawn
 from lightning_xattn.core.errors import SettingError, XAttnWarning
-from lightning_xattn.report.figures import attention_figure, epoch_figures, fusion_figures, overview_figure
+from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.report.figures import attention_figure, card_figure, epoch_figures, fusion_figures
 from lightning_xattn.visualizations import render
 from tests.callback.test_epoch_log import ManyLayers
 from tests.messages import tells
 from tests.toy import NAMES, ToyModule, labelled_loader, quiet_trainer, toy_loader
 
-OVERVIEW, BY_CLASS, REPORT = "xattn_about/val/overview", "xattn_map/val/by_class", "xattn_about/val/report"
-MAIN = {OVERVIEW, BY_CLASS}
+CARD, ATTENTION, SUMMARY = "xattn_card/val/1_modalities", "xattn_card/val/2_attention", "xattn_about/val/summary"
+MAIN = {CARD, ATTENTION}
 OTHER = {
-    *("xattn_support/val/cells", "xattn_contribution/val/shares", "xattn_entropy/val/by_head"),
+    *("xattn_contribution/val/shares", "xattn_entropy/val/by_head"),
     *("xattn_map/val/audio_to_text", "xattn_map/val/text_to_audio", "xattn_outcome/val/class_comparison"),
 }
 STEPS = 5
@@ -66,8 +67,8 @@ def images_of(events):
 
 
 def texts_of(events):
-    """The steps of the reports."""
-    tags = [tag for tag in events.Tags()["tensors"] if "report" in tag]
+    """The steps of the summaries."""
+    tags = [tag for tag in events.Tags()["tensors"] if "summary" in tag.removesuffix("/text_summary")]
     return {tag.removesuffix("/text_summary"): [*map(epoch_of, events.Tensors(tag))] for tag in tags}
 
 
@@ -81,7 +82,7 @@ def quick(monkeypatch):
     """What is in the pictures does not matter here, and they take long to draw."""
 
     def main(self):
-        names = "xattn_about/{}/overview", "xattn_map/{}/by_class"
+        names = "xattn_card/{}/1_modalities", "xattn_card/{}/2_attention"
         return [[(name.format(self.scope), Figure((0.1, 0.1)))] for name in names]
 
     def others(self):
@@ -97,22 +98,31 @@ REST = {"xattn_entropy/val/by_head"}
 
 
 def test_an_epoch_of_a_fit_has_two_figures_and_the_end_has_all_others(tmp_path):
+    cards = []
+
+    class Keeps(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                result = DatasetResult({}, watch.fusion_summaries["val"], NAMES, "target")
+                context = f"val, epoch {trainer.current_epoch}"
+                cards.append(render(card_figure(result, watch.history, context)))
+
     watch = AttentionExplainabilityCallback(class_names=NAMES)
-    _, events = fit(tmp_path, watch, loaders=labelled_loader(), max_epochs=2)
-    assert images_of(events) == {0: MAIN, 1: MAIN | OTHER}
-    assert texts_of(events) == {REPORT: [1]}
+    _, events = fit(tmp_path, watch, others=[Keeps()], loaders=labelled_loader(), max_epochs=4)
+    assert images_of(events) == {0: MAIN, 1: MAIN, 2: MAIN, 3: MAIN | OTHER}
+    assert texts_of(events) == {SUMMARY: [3]}
     # Every pixel is what the summaries and the history say.
-    summary, said = watch.summaries["val"], {"classes_by": "target", "context": "val, epoch 1"}
+    summary, said = watch.summaries["val"], {"classes_by": "target", "context": "val, epoch 3"}
     expected = {
-        OVERVIEW: overview_figure(watch.history, "val, epoch 1"),
-        BY_CLASS: attention_figure(summary, NAMES, axes={}, **said),
+        ATTENTION: attention_figure(summary, NAMES, axes={}, **said),
         **dict(fusion_figures(watch.fusion_summaries["val"], "val", NAMES, **said)),
         **dict(epoch_figures(summary, "val", NAMES, axes={}, **said)),
     }
-    for tag in MAIN | OTHER:
-        np.testing.assert_array_equal(pixels_of(events, tag, 1), render(expected[tag]), err_msg=tag)
-    before = render(overview_figure(watch.history[:1], "val, epoch 0"))
-    np.testing.assert_array_equal(pixels_of(events, OVERVIEW, 0), before)
+    for tag in OTHER | {ATTENTION}:
+        np.testing.assert_array_equal(pixels_of(events, tag, 3), render(expected[tag]), err_msg=tag)
+    for epoch, card in enumerate(cards):
+        np.testing.assert_array_equal(pixels_of(events, CARD, epoch), card)
+    assert cards[1].shape != cards[2].shape, "from three validations on it is drawn over the epochs"
 
 
 @pytest.mark.parametrize("method", ["validate", "test"])
@@ -122,8 +132,10 @@ def test_an_evaluation_by_itself_has_everything_at_once(method, tmp_path):
     trainer = quiet_trainer(logger=logger, callbacks=[AttentionExplainabilityCallback()])
     getattr(trainer, method)(ToyModule(), labelled_loader(), verbose=False)
     events = events_of(tmp_path)
-    assert set(events.Tags()["images"]) == {tag.replace("/val/", f"/{stage}/") for tag in MAIN | OTHER}
-    assert f"xattn_about/{stage}/report/text_summary" in events.Tags()["tensors"]
+    assert set(events.Tags()["images"]) == {
+        tag.replace("/val/", f"/{stage}/").replace("card/test", "card_test/test") for tag in MAIN | OTHER
+    }
+    assert f"xattn_about/{stage}/summary/text_summary" in events.Tags()["tensors"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -147,7 +159,7 @@ def test_which_epochs_have_figures_and_reports(settings, main, rest, tmp_path):
     _, events = fit(tmp_path, AttentionExplainabilityCallback(**settings), max_epochs=4)
     expected = {epoch: MAIN | (REST if epoch in rest else set()) for epoch in main}
     assert images_of(events) == expected
-    assert texts_of(events) == ({REPORT: rest} if rest else {})
+    assert texts_of(events) == ({SUMMARY: rest} if rest else {})
 
 
 @pytest.mark.usefixtures("quick")
@@ -183,7 +195,7 @@ def test_a_fit_that_ends_early_has_everything_of_its_last_epoch(end, tmp_path):
     settings = {"max_steps": 2 * STEPS + 2, "max_epochs": -1} if end == "max_steps" else {"max_epochs": 9}
     _, events = fit(tmp_path, AttentionExplainabilityCallback(), others=others, **settings)
     assert images_of(events) == {0: MAIN, 1: MAIN | REST}
-    assert texts_of(events) == {REPORT: [1]}
+    assert texts_of(events) == {SUMMARY: [1]}
 
 
 @pytest.mark.usefixtures("quick")
@@ -222,10 +234,10 @@ def test_each_dataloader_has_two_figures_and_each_layer_is_drawn_at_the_end(tmp_
     scopes = ("val", "val/dataloader_1")
     loaders = [toy_loader(seed=1), toy_loader(seed=2)]
     _, events = fit(tmp_path, AttentionExplainabilityCallback(), ManyLayers(), loaders=loaders, max_epochs=2)
-    main = {f"xattn_{what}" for scope in scopes for what in (f"about/{scope}/overview", f"map/{scope}/by_class")}
+    main = {f"xattn_card/{scope}/{which}" for scope in scopes for which in ("1_modalities", "2_attention")}
     rest = {f"xattn_entropy/{scope}/layers.{i}/by_head" for scope in scopes for i in (0, 2, 3, 5)}
     assert images_of(events) == {0: main, 1: main | rest}
-    assert texts_of(events) == {f"xattn_about/{scope}/report": [1] for scope in scopes}
+    assert texts_of(events) == {f"xattn_about/{scope}/summary": [1] for scope in scopes}
 
 
 def test_of_several_layers_the_first_is_drawn_in_each_epoch(tmp_path, monkeypatch):
@@ -235,19 +247,17 @@ def test_of_several_layers_the_first_is_drawn_in_each_epoch(tmp_path, monkeypatc
     context = "val, epoch 0, layer layers.0"
     summary, names = watch.summaries["val/layers.0"], [f"class_{i}" for i in range(4)]
     expected = attention_figure(summary, names, classes_by="target", axes={}, context=context)
-    np.testing.assert_array_equal(pixels_of(events, BY_CLASS, 0), render(expected))
-    of_first = overview_figure([one for one in watch.history if one["layer"] == "layers.0"], context)
-    np.testing.assert_array_equal(pixels_of(events, OVERVIEW, 0), render(of_first))
+    np.testing.assert_array_equal(pixels_of(events, ATTENTION, 0), render(expected))
 
 
 @pytest.mark.usefixtures("quick")
 def test_files_of_the_table_come_with_the_report(tmp_path, monkeypatch):
     logged = []
     kind = pictures_module.LoggerWriters
-    monkeypatch.setattr(kind, "log", lambda self, what, make, log, known=kind.log: logged.append((what, make())))
+    monkeypatch.setattr(kind, "log", lambda self, what, make, log: logged.append((what, make())) or [])
     fit(tmp_path, AttentionExplainabilityCallback(table=tmp_path / "table"), max_epochs=2)
     tables = [path for what, path in logged if what == "tables"]
-    assert [what for what, _ in logged] == ["pictures", "pictures", "pictures", "reports", *["tables"] * len(tables)]
+    assert [what for what, _ in logged] == [*["pictures"] * 3, "summaries", "reports", *["tables"] * len(tables)]
     assert {"attention", "samples"} == {path.parent.name for path in tables}
     assert all("epoch=1" in path.name for path in tables)
 

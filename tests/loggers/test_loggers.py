@@ -25,8 +25,8 @@ from lightning_xattn.loggers.writers import FolderWriter
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
-OVERVIEW, MAP, REPORT = "xattn_about/val/overview", "xattn_map/val/audio_to_text", "xattn_about/val/report"
-BY_CLASS = "xattn_map/val/by_class"
+CARD, MAP, SUMMARY = "xattn_card/val/1_modalities", "xattn_map/val/audio_to_text", "xattn_about/val/summary"
+ATTENTION = "xattn_card/val/2_attention"
 
 
 def client(name):
@@ -60,24 +60,27 @@ def logged(tmp_path_factory):
 def test_tensorboard(logged):
     _, events = logged
     assert [point.step for point in events.Scalars("xattn_alignment/val/all")] == [4]
-    for tag in (OVERVIEW, BY_CLASS, MAP):
+    for tag in (CARD, ATTENTION, MAP):
         assert [image.step for image in events.Images(tag)] == [4]
-    # The overview is the first thing in the images tab.
-    assert min(events.Tags()["images"]) == OVERVIEW
-    (text,) = events.Tensors(f"{REPORT}/text_summary")
+    # The cards are the first things in the images tab, those of validations before those of tests.
+    assert sorted(events.Tags()["images"])[:2] == [CARD, ATTENTION]
+    assert ATTENTION < "xattn_card_test/test/1_modalities"
+    (text,) = events.Tensors(f"{SUMMARY}/text_summary")
     assert text.step == 4
-    assert text.tensor_proto.string_val[0].decode().startswith("# Cross-modal attention report")
+    assert text.tensor_proto.string_val[0].decode().startswith("**The model uses Audio")
 
 
 def test_several_loggers_have_the_same_and_others_get_files(logged):
     folder, events = logged
     files = {str(path.parent.relative_to(folder / "csv")) for path in (folder / "csv").rglob("step_*.png")}
     assert files == set(events.Tags()["images"])
-    event = events.Images(OVERVIEW)[0].encoded_image_string
-    assert event == (folder / "csv" / OVERVIEW / "step_000004.png").read_bytes(), "encoded once"
-    image = events.Images(OVERVIEW)[0]
+    event = events.Images(CARD)[0].encoded_image_string
+    assert event == (folder / "csv" / CARD / "step_000004.png").read_bytes(), "encoded once"
+    image = events.Images(CARD)[0]
     assert Image.open(io.BytesIO(event)).size == (image.width, image.height)
-    assert (folder / "csv" / REPORT / "step_000004.md").read_text().startswith("# Cross-modal")
+    assert (folder / "csv" / SUMMARY / "step_000004.md").read_text().startswith("**The model uses Audio")
+    (page,) = (folder / "csv").rglob("*.html")
+    assert page.read_text() == (folder / "run/xattn_about/val/report.html").read_text()
 
 
 def test_tensorboardx_gets_its_own_messages(tmp_path):
@@ -95,7 +98,7 @@ def test_tensorboardx_gets_its_own_messages(tmp_path):
 
     LoggerWriters([Board(tmp_path)], tmp_path).log_figures([small_figures()], 3)
     ((name, pixels, step, form),) = Board.experiment.images
-    assert (name, np.shape(pixels), step, form) == (OVERVIEW, (100, 100, 3), 3, "HWC")
+    assert (name, np.shape(pixels), step, form) == (CARD, (100, 100, 3), 3, "HWC")
 
 
 @pytest.mark.slow
@@ -118,15 +121,15 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         if [one for one in records if "xattn_alignment/test/all" in one]:
             break
         time.sleep(0.1)
-    pictures = [record for record in records if f"{OVERVIEW}/path" in record]
+    pictures = [record for record in records if f"{CARD}/path" in record]
     assert [record["trainer/global_step"] for record in pictures] == [4]
-    assert f"{BY_CLASS}/path" in pictures[0], "the pictures of an epoch are one step of theirs"
+    assert f"{ATTENTION}/path" in pictures[0], "the pictures of an epoch are one step of theirs"
     others = [record for record in records if f"{MAP}/path" in record]
     assert [record["trainer/global_step"] for record in others] == [4]
     assert "xattn_map/val/text_to_audio/path" in others[0], "and so are those of the end of the fit"
-    with Image.open(folder / "files" / pictures[0][f"{OVERVIEW}/path"]) as picture:
+    with Image.open(folder / "files" / pictures[0][f"{CARD}/path"]) as picture:
         assert picture.width > 400
-    assert [one["trainer/global_step"] for one in records if f"{REPORT}/path" in one] == [4]
+    assert [one["trainer/global_step"] for one in records if f"{SUMMARY}/path" in one] == [4]
     tables = [record for record in records if "xattn_about/val/samples/nrows" in record]
     assert [record["xattn_about/val/samples/nrows"] for record in tables] == [23]
     assert [one["trainer/global_step"] for one in records if "xattn_alignment/val/all" in one] == [4]
@@ -172,10 +175,10 @@ def test_mlflow(tmp_path):
 
     found = list(below(None))
     pictures = [path for path in found if path.startswith("images/") and path.endswith(".png")]
-    overviews = [path for path in pictures if "overview" in path and "val" in path]
-    assert any("by_class" in path for path in pictures)
+    overviews = [path for path in pictures if "modalities" in path and "val" in path]
+    assert any("2_attention" in path for path in pictures)
     assert sorted(int(re.search(r"step\W(\d+)", path)[1]) for path in overviews) == steps == [4]
-    assert f"{REPORT}/step_000004.md" in found
+    assert f"{SUMMARY}/step_000004.md" in found
     assert "xattn_about/test/report/step_000005.html" in found
     assert len([path for path in found if path.endswith(".parquet")]) == 4
     local = mlflow.artifacts.download_artifacts(run_id=logger.run_id, artifact_path=overviews[0], tracking_uri=uri)
@@ -199,10 +202,10 @@ def test_comet(tmp_path):
         files = [one["payload"] for one in messages if one["type"] == "file_upload"]
         about = [one["additional_params"] for one in files]
         names = {(one.get("fileName") or one.get("figName"), one.get("step")) for one in about}
-        assert {(OVERVIEW, 4), (BY_CLASS, 4), (MAP, 4), (f"{REPORT}.md", 4)} <= names
+        assert {(CARD, 4), (ATTENTION, 4), (MAP, 4), (f"{SUMMARY}.md", 4)} <= names
         assert any(name == "xattn_about/test/report.html" for name, _ in names)
         assert len([name for name, _ in names if name.endswith(".parquet")]) == 4
-        picture = next(one for one in files if one["additional_params"].get("figName") == OVERVIEW)
+        picture = next(one for one in files if one["additional_params"].get("figName") == CARD)
         assert Image.open(io.BytesIO(whole.read(Path(picture["file_path"]).name))).width > 400
 
 
@@ -210,9 +213,12 @@ def test_without_a_logger_files_are_under_the_trainers_root_folder(tmp_path, inf
     # What is in the pictures does not matter here, and they take long to draw.
     monkeypatch.setattr("lightning_xattn.visualizations.render", lambda figure: np.zeros((2, 3, 3), np.uint8))
     validate(ToyModule(), AttentionExplainabilityCallback(), logger=False, default_root_dir=tmp_path)
-    assert (tmp_path / "xattn_output" / OVERVIEW / "step_000000.png").exists()
+    assert (tmp_path / "xattn_output" / CARD / "step_000000.png").exists()
     assert not list(tmp_path.rglob(".*"))
-    assert len([said for said in infos.messages if said.endswith(f"are written to {tmp_path / 'xattn_output'}.")]) == 1
+    (said,) = [said for said in infos.messages if said.startswith("val: ")]
+    report = tmp_path / "xattn_output/xattn_about/val/report/step_000000.html"
+    assert said.splitlines()[-2:] == [f"  Figures: {tmp_path / 'xattn_output'}", f"  Report: {report}"]
+    assert report.exists()
 
 
 def test_a_trial_run_leaves_nothing(tmp_path):
@@ -225,7 +231,7 @@ BLACK = Picture(np.zeros((2, 3, 3), np.uint8))
 
 
 def small_figures():
-    yield OVERVIEW, Figure(figsize=(1, 1))
+    yield CARD, Figure(figsize=(1, 1))
 
 
 def log_twice(writers):
@@ -247,7 +253,7 @@ def test_a_logger_that_fails_is_reported_once_and_ends_nothing(tmp_path, monkeyp
     with pytest.warns(XAttnWarning, match=tells("Broken", "disk on fire")) as warned:
         log_twice(LoggerWriters(loggers, tmp_path))
     assert len(warned) == 1
-    assert (tmp_path / "csv" / OVERVIEW / "step_000001.png").exists()
+    assert (tmp_path / "csv" / CARD / "step_000001.png").exists()
 
 
 @pytest.mark.parametrize("what", ["a file in the way", "no permission"])

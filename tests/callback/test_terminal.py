@@ -1,0 +1,68 @@
+"""What the terminal shows at the end of a run: at most eight lines, with what the summaries say."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.callback.terminal import MAX_LINES, list_lines
+from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.report.headline import Headline, describe_headline
+from tests.toy import NAMES, ToyModule, labelled_loader, quiet_trainer, toy_loader
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr("lightning_xattn.callback.pictures.Drawn.main_figures", lambda self: ())
+    monkeypatch.setattr("lightning_xattn.callback.pictures.Drawn.other_figures", lambda self: ())
+    monkeypatch.setattr("lightning_xattn.callback.pictures.create_explainability_report", lambda *args, **form: "page")
+
+
+def summaries_of(infos):
+    return [said.splitlines() for said in infos.messages if said.startswith(("val", "test"))]
+
+
+@pytest.mark.parametrize("method", ["fit", "validate", "test"])
+def test_each_run_ends_with_its_headline_once(method, infos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    watch = AttentionExplainabilityCallback(class_names=NAMES)
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = quiet_trainer(max_epochs=2, logger=logger, callbacks=[watch])
+    if method == "fit":
+        trainer.fit(ToyModule(), toy_loader(), labelled_loader())
+    else:
+        getattr(trainer, method)(ToyModule(), labelled_loader(), verbose=False)
+    stage = "test" if method == "test" else "val"
+    said = describe_headline(DatasetResult({}, watch.fusion_summaries[stage], NAMES, "target"))
+    (lines,) = summaries_of(infos)
+    assert len(lines) <= MAX_LINES
+    assert lines[0] == f"{stage}: {said.sentence}"
+    assert lines[1:4] == [f"  {name}: {text}" for name, text in said.numbers]
+    assert lines[-2:] == ["  tensorboard --logdir run", f"  Report: run/xattn_about/{stage}/report.html"]
+
+
+@pytest.mark.parametrize("setting", ["fast_dev_run", "barebones"])
+def test_a_trial_run_says_nothing_of_its_numbers(setting, infos, tmp_path):
+    settings = {"accelerator": "cpu", "default_root_dir": tmp_path, "callbacks": [AttentionExplainabilityCallback()]}
+    settings |= {"logger": False} if setting == "fast_dev_run" else {"max_epochs": 1}
+    trainer = pl.Trainer(**settings, **{setting: True})
+    trainer.fit(ToyModule(), toy_loader(), toy_loader())
+    assert summaries_of(infos) == []
+
+
+def test_several_dataloaders_have_a_sentence_each(infos, tmp_path):
+    trainer = quiet_trainer(logger=CSVLogger(tmp_path), callbacks=[AttentionExplainabilityCallback()])
+    trainer.validate(ToyModule(), [toy_loader(seed=1), toy_loader(seed=2)], verbose=False)
+    (lines,) = summaries_of(infos)
+    assert [line.partition(":")[0] for line in lines[:2]] == ["val", "val/dataloader_1"]
+    assert lines[2].startswith("  Figures: ")
+
+
+def test_what_does_not_fit_is_counted():
+    one = Headline("It is so.", [(name, "1 %") for name in "abc"], [f"warning {i}" for i in range(9)])
+    lines = list_lines({"val": one}, ["tensorboard --logdir logs", "Report: page.html", "a third place"])
+    assert len(lines) == MAX_LINES
+    assert lines[:5] == ["val: It is so.", "  a: 1 %", "  b: 1 %", "  c: 1 %", "  Warning: warning 0"]
+    assert lines[5:] == ["  8 more: see the report.", "  tensorboard --logdir logs", "  Report: page.html"]
