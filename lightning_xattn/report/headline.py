@@ -133,7 +133,7 @@ def _describe_agreement(fusion: FusionSummary) -> Iterator[str]:
         yield f"{said} and {right[0]} of these are right, {right[1]} where {nobody}."
     else:
         right = percent(first.accuracy.mean, 0), percent(none.mean, 0)
-        yield f"{said}; accuracy is not clearly lower where {nobody} ({right[0]} against {right[1]})."
+        yield f"{said}; accuracy is not clearly lower where {nobody} ({right[1]} against {right[0]})."
 
 
 def _find_warnings(fusion: FusionSummary) -> Iterator[str]:

@@ -112,7 +112,7 @@ def plot_attention_card(
                 f"'{one.title}' must have {len(class_names)} classes and {len(LOOKS)} outcomes (correct, incorrect); "
                 f"got {len(one.classes)} and {len(one.outcomes)}."
             )
-    page = Page(f"Attention{per_group(classes_by)} and outcome", context)
+    page = Page(f"Attention{per_group(classes_by)}{' and outcome' if measures else ''}", context)
     if measures:
         _draw_measures(page, measures, class_names, group_noun)
     if maps:

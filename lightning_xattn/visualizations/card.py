@@ -197,9 +197,10 @@ def _draw_rows(page: Page, rows: Sequence[_Row], left: float, mark: float, is_ce
         if row.bar > 0:
             area = (left, middle - 0.07), at(row.bar) - left, 0.14
             page.put(Rectangle(*area, facecolor=_SHARE, linewidth=0, zorder=0.6))
-        known = [(one, look) for one, look in row.marks if math.isfinite(one.mean)]
-        for (one, look), shift in zip(known, (-0.035, 0.035) if len(known) > 1 else (0.0,), strict=True):
-            is_cut |= _draw_mark(page, one, look, at, middle + shift)
+        shifts = (-0.035, 0.035) if len(row.marks) > 1 else (0.0,)
+        for (one, look), shift in zip(row.marks, shifts, strict=True):
+            if math.isfinite(one.mean):
+                is_cut |= _draw_mark(page, one, look, at, middle + shift)
         first = row.marks[0][0].mean
         text = percent(first, 0) if math.isfinite(first) else "\N{EN DASH}"
         page.put_text(PAGE_WIDTH - MARGIN, middle, text, ha="right", va="center_baseline")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+import torch
 from matplotlib.figure import Figure
 from matplotlib.image import BboxImage
 
@@ -20,16 +20,15 @@ from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.report.estimates import estimate_mean
 from lightning_xattn.report.figures import (
     attention_figure,
+    card_figure,
     dataset_figures,
     epoch_figures,
     fusion_figures,
     limit_classes,
     limit_layers,
-    overview_figure,
     save_dataset_figures,
 )
-from lightning_xattn.visualizations import Curve, Panel
-from lightning_xattn.visualizations.drawing import LOOKS
+from lightning_xattn.report.headline import describe_headline
 from tests.explained import NAMES, dataset, summary
 from tests.report.conftest import CLASSES, SUBSETS
 from tests.visualizations.conftest import drawn, drawn_groups, panels, row_names, texts
@@ -50,11 +49,11 @@ def figures(result):
 def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
     assert list(figures) == [
         *("map/left_to_right", "map/right_to_left", "entropy/by_head", "outcome/class_comparison"),
-        *("support/cells", "contribution/shares"),
+        "contribution/shares",
     ]
     for name, figure in figures.items():
         assert "epoch 4" in texts(figure)
-        assert name == "support/cells" or "per true class" in texts(figure).replace("\n", " ")
+        assert "per true class" in texts(figure).replace("\n", " "), name
 
 
 def test_the_page_of_maps_has_those_of_each_class(result, members):
@@ -73,11 +72,11 @@ def test_the_page_of_maps_has_those_of_each_class(result, members):
         assert f"{name} (n={int(members[name].sum())})" in said
     assert "epoch 4" in said
     # An axis of another length is not used.
-    assert {"second", "right token"} <= set(said.splitlines())
+    assert {"second", "Right token"} <= set(said.splitlines())
 
 
-def test_the_page_of_maps_takes_the_summarys_numbers_of_tokens(monkeypatch):
-    calls = kept_calls(monkeypatch, "plot_attention_by_class")
+def test_the_attention_card_is_drawn_of_the_summary(monkeypatch):
+    calls = kept_calls(monkeypatch, "plot_attention_card")
     one = summary([0, 0, 0, 1, 1, -1], [CORRECT, CORRECT, INCORRECT, INCORRECT, UNKNOWN, CORRECT])
     there, back = one.heads
     assert one.tokens == {there: (5, 7), back: (7, 5)}
@@ -86,15 +85,23 @@ def test_the_page_of_maps_takes_the_summarys_numbers_of_tokens(monkeypatch):
     said = {"classes_by": "prediction", "axes": axes, "context": "here"}
     attention_figure(one, NAMES, **said)
     attention_figure(one, (), **said)
-    (name, (maps, counts, names), settings), (_, (_, of_all, all_names), others) = calls
-    assert (name, counts, names) == ("plot_attention_by_class", [3, 2, 0], list(NAMES))
+    (_, (measures, maps, counts, names), settings), (_, (_, _, of_all, no_names), others) = calls
+    assert (counts, list(names), settings["map_names"]) == ([3, 2, 0], list(NAMES), list(NAMES))
     assert [*maps] == ["eeg_to_spec", "spec_to_eeg"]
     assert all(maps[str(direction)] is of_one for direction, of_one in one.maps.items())
     tokens = {"eeg_to_spec": (500, 7), "spec_to_eeg": (7, 500)}
-    assert settings == said | {"axes": {"eeg": axes["eeg"]}, "tokens": tokens}
-    assert (of_all, all_names, others["classes_by"]) == ([6], ["all samples"], None)
-    one.maps = {}
-    assert attention_figure(one, NAMES, **said) is None
+    more = {"axes": {"eeg": axes["eeg"]}, "tokens": tokens, "group_noun": None, "map_names": list(NAMES)}
+    assert settings == said | more
+    assert (of_all, no_names, others["map_names"], others["classes_by"]) == ([6], (), ["all samples"], None)
+    columns = {"alignment": ALIGNMENT, "entropy EEG → Spec": Column("entropy", there)}
+    columns |= {"entropy Spec → EEG": Column("entropy", back)}
+    assert [measure.title for measure in measures] == list(columns)
+    for measure, column in zip(measures, columns.values(), strict=True):
+        assert repr(measure.classes) == repr([estimate_mean(one, column, i) for i in range(3)])
+        expected = [estimate_mean(one, column, None, outcome) for outcome in (CORRECT, INCORRECT)]
+        assert repr(measure.outcomes) == repr(expected)
+        null = one.alignment_null if column == ALIGNMENT else math.nan
+        assert measure.null == pytest.approx(null, nan_ok=True)
 
 
 @pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
@@ -110,17 +117,17 @@ def test_each_class_and_outcome_has_its_map_and_its_count(result, members, figur
         expected = expected * expected.shape[1]
         # The longer axis lies horizontally: that of the 7 right tokens.
         np.testing.assert_allclose(drawn(panel), expected if expected.shape == (5, 7) else expected.T, rtol=1e-6)
-    numbers = {"left_to_right": "5 left queries ask 7 right keys", "right_to_left": "7 right queries ask 5 left keys"}
+    numbers = {"left_to_right": "5 queries, 7 keys", "right_to_left": "7 queries, 5 keys"}
     assert numbers[direction] in texts(figure).replace("\n", " ")
     # An axis of another length is not used.
     role, other = ("query", "key") if direction == "left_to_right" else ("key", "query")
     assert figure.get_supylabel().replace("\n", " ") == f"{role}: second"
-    assert figure.get_supxlabel() == f"{other}: right token"
+    assert figure.get_supxlabel() == f"{other}: Right token"
 
 
 def test_each_head_of_each_class_has_its_entropy(result, members, figures):
     shown = panels(figures["entropy/by_head"])
-    assert [panel.get_title() for panel in shown] == ["left → right", "right → left"]
+    assert [panel.get_title() for panel in shown] == ["Left → Right", "Right → Left"]
     for panel, direction in zip(shown, result.headline.heads, strict=True):
         expected = [
             [result.headline.mean(Column("entropy", direction, head), i) for head in range(3)]
@@ -158,7 +165,7 @@ def test_classes_and_outcomes_have_their_means_intervals_and_counts(result, memb
     assert [title for title in titles if title.endswith(")")] == [
         "confidence (probability of the predicted class)",
         "alignment (Pearson r)",
-        *("entropy left → right (0: one key, 1: uniform)", "entropy right → left (0: one key, 1: uniform)"),
+        *("entropy Left → Right (0: one key, 1: uniform)", "entropy Right → Left (0: one key, 1: uniform)"),
     ]
     nulls = [[line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in panels(figure)]
     assert nulls == [[], [one.alignment_null], [], []]
@@ -178,26 +185,6 @@ def test_each_modality_has_its_share_of_each_class_and_outcome(result, members, 
     titles = [text.get_text() for text in figure.texts if text.get_text().startswith("share")]
     assert titles == [f"share of {name} (% of the contributions)" for name in ("Left", "Right")]
     assert "95 % CI by groups" in texts(figure).replace("\n", " ")
-
-
-def test_cells_of_support_have_their_accuracy_and_confidence(result, figures):
-    figure = figures["support/cells"]
-    (panel,) = panels(figure)
-    cells = result.fusion.cells
-    accuracy, confidence = [*panel.containers][::2], [*panel.containers][1::2]
-    for bars, name in ((accuracy, "accuracy"), (confidence, "confidence")):
-        for place, (one, cell) in enumerate(zip(bars, cells, strict=True)):
-            expected = getattr(cell, name)
-            (x,), (y,) = one.lines[0].get_data()
-            assert (x, round(y)) == (pytest.approx(100 * expected.mean), place)
-            ends = one.lines[2][0].get_segments()[0][:, 0]
-            np.testing.assert_allclose(ends, [100 * expected.low, 100 * expected.high])
-    told = texts(figure).replace("\n", " ")
-    for cell in cells:
-        assert f"{100 * cell.share.mean:.0f} %, n={cell.samples}" in told
-    assert "by groups" in told
-    legend = [one.get_text() for one in figure.legends[0].get_texts()]
-    assert legend == ["accuracy", "mean confidence"]
 
 
 def test_where_shares_are_not_defined_there_is_no_figure_of_them(result):
@@ -231,66 +218,94 @@ def records(result):
     return [moved(0) | {"stage": "test", "epoch": 9}, *map(moved, (0, 2, 3))]
 
 
-SHOWN = {
-    "alignment": ("alignment/", ["correct", "incorrect"]),
-    "entropy": ("entropy/", ["correct", "incorrect"]),
-    "predictions supported by": ("support/", ["both", "only left", "only right", "neither agree", "neither differ"]),
-    "accuracy of each probe": ("probe/", ["left", "right", "joint"]),
-    "share of the contribution": ("contribution/share/", ["left", "right"]),
-    "detects errors (AUROC)": ("outcome/", ["low confidence", "low support", "low alignment", "high entropy"]),
-}
-"""By panel: the topic, and its curves."""
-
-
-def test_each_curve_of_the_overview_is_what_the_records_say(records):
-    figure = overview_figure([one | {"support/delta_auroc": 0.1} for one in records], "val, epoch 3")
-    assert "val, epoch 3" in texts(figure)
-    shown, said = {plot.title: plot for plot in figure.plots}, records[1:]
-    assert list(shown) == list(SHOWN)
-    references = {
-        "alignment": ("null", [one["alignment/null"] for one in said]),
-        "accuracy of each probe": ("largest class", [one["largest_class"] for one in said]),
-        "detects errors (AUROC)": ("chance", [0.5] * 3),
+def test_the_cards_numbers_are_the_summarys(result, monkeypatch):
+    calls, fusion = kept_calls(monkeypatch, "plot_card"), result.fusion
+    card_figure(result, context="test, epoch 3")
+    ((_, (modalities, probes, shares, cells), settings),) = calls
+    assert modalities == fusion.modalities
+    right = {name: fusion.estimate(f"right/{name}") for name in (*modalities, "joint")}
+    assert repr(probes) == repr(right | {"model": fusion.estimate("correct")})
+    assert repr(shares) == repr({name: fusion.share(name) for name in modalities})
+    known = [(one.name, one.share, one.accuracy, one.confidence) for one in fusion.cells if one.samples]
+    assert repr([tuple(one) for one in cells]) == repr(known)
+    assert settings == {
+        "largest_class": fusion.largest_class,
+        "sentence": describe_headline(result).sentence,
+        "group_noun": "groups",
+        "context": "test, epoch 3; 130 samples, 23 groups",
     }
-    for title, (topic, names) in SHOWN.items():
+    fusion = copy(fusion)
+    fusion.contribution_problem, fusion.support_problem = "needs 128 samples, this run had 97", "it needs a probe"
+    fusion.support_cell = torch.full_like(fusion.support_cell, -1)
+    fusion.__dict__.pop("cells", None)
+    card_figure(replace(result, fusion=fusion))
+    _, (_, _, shares, cells), _ = calls[1]
+    assert shares == "Not computed: needs 128 samples, this run had 97."
+    assert cells == "Not computed: it needs a probe."
+    assert card_figure(replace(result, fusion=None)) is None
+
+
+EPOCHS = {
+    "Probe accuracy (%)": {"Left": "probe/left", "Right": "probe/right", "joint": "probe/joint", "model": "accuracy"},
+    "Contribution (%)": {"Left": "contribution/share/left", "Right": "contribution/share/right"},
+    "Support (% of predictions)": {
+        **{"both": "support/both", "only Left": "support/only_left", "only Right": "support/only_right"},
+        "neither (probes agree)": "support/neither_agree",
+        "neither (probes differ)": "support/neither_differ",
+    },
+    "Accuracy by support (%)": {
+        "all predictions": "accuracy",
+        "supported by all": "support/accuracy/supported",
+        "supported by none": "support/accuracy/unsupported",
+    },
+}
+"""By panel, its curves and their names in the history."""
+
+
+def test_from_three_validations_on_the_card_shows_the_history(result, records):
+    figure, said = card_figure(result, records, "val, epoch 3"), records[1:]
+    assert "val, epoch 3" in texts(figure)
+    assert describe_headline(result).sentence in texts(figure).replace("\n", " ")
+    shown = {plot.title: plot for plot in figure.plots}
+    assert list(shown) == list(EPOCHS)
+    for title, curves in EPOCHS.items():
         lines = {line.get_label(): line for line in shown[title].lines}
-        name, values = references.get(title, ("", []))
-        assert list(lines) == [*names, name][: len(names) + bool(name)]
-        assert list(shown[title].bands) == names
-        for curve, band in shown[title].bands.items():
-            key = f"{topic}{curve.split()[-1]}_auroc" if topic == "outcome/" else topic + curve.replace(" ", "_")
-            assert lines[curve].get_xdata().tolist() == [0, 2, 3]
-            np.testing.assert_allclose(lines[curve].get_ydata(), [one[key] for one in said])
-            # The edge goes along the lower ends and back along the upper ones.
-            low, high = ([one[f"{key}_{end}"] for one in said] for end in ("low", "high"))
-            assert low[0] < lines[curve].get_ydata()[0] < high[0]
-            edge = {tuple(point) for point in band.get_path().vertices.round(9)}
-            ends = {(x, round(y, 9)) for x, y in zip([0, 2, 3] * 2, [*low, *high], strict=True)}
-            assert edge == ends
-            if curve in LOOKS:
-                assert lines[curve].get_color() == LOOKS[curve].colour
-            np.testing.assert_allclose(band.get_facecolor()[:3], to_rgb(lines[curve].get_color()))
-        if name:
-            assert lines[name].get_ydata() == pytest.approx(values)
+        assert list(lines) == [*curves, *(["largest class"] if title.startswith("Probe") else [])]
+        for name, key in curves.items():
+            assert lines[name].get_xdata().tolist() == [0, 2, 3]
+            expected = [100 * one.get(key, math.nan) for one in said]
+            np.testing.assert_allclose(lines[name].get_ydata(), expected)
+            if f"{key}_low" not in said[0]:
+                continue
+            low, high = ([100 * one[f"{key}_{end}"] for one in said] for end in ("low", "high"))
+            edge = {tuple(point) for point in shown[title].bands[name].get_path().vertices.round(6)}
+            assert edge == {(x, round(y, 6)) for x, y in zip([0, 2, 3] * 2, [*low, *high], strict=True)}
+    largest = shown["Probe accuracy (%)"].lines[-1].get_ydata()
+    np.testing.assert_allclose(largest, [100 * one["largest_class"] for one in said])
 
 
-def test_a_single_evaluation_has_points_with_bars(records):
-    (test, *_), figure = records, overview_figure(records[:1], "test")
-    probes = next(plot for plot in figure.plots if plot.title == "accuracy of each probe")
-    for name in ("left", "right", "joint"):
-        (line,) = (line for line in probes.lines if line.get_label() == name)
-        assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([9], [test[f"probe/{name}"]])
-        ends = probes.bars[name].get_ydata()
-        assert ends == pytest.approx([test[f"probe/{name}_low"], test[f"probe/{name}_high"]])
+def test_a_test_and_fewer_validations_have_the_card_of_one_evaluation(result, records):
+    assert not card_figure(result, records[:3]).plots
+    assert not card_figure(result, [*records[1:], records[0]]).plots
+    assert card_figure(result, records[1:]).plots
 
 
-def test_what_is_no_share_has_its_size(records):
-    numbers = {f"contribution/size/{name}{end}": 7.0 for name in ("left", "right") for end in ("", "_low", "_high")}
-    regression = {name: value for name, value in records[1].items() if not name.startswith("contribution")} | numbers
-    shown = {plot.title: plot for plot in overview_figure([regression], "val").plots}
-    assert "share of the contribution" not in shown
-    lines = {line.get_label(): line.get_ydata().tolist() for line in shown["size of the contribution"].lines}
-    assert (lines["left"], lines["right"]) == ([7], [7])
+def test_several_validations_of_an_epoch_are_drawn_over_steps(result, records):
+    figure = card_figure(result, [one | {"epoch": 0} for one in records[1:]])
+    assert {plot.label for plot in figure.plots} == {"step"}
+    assert figure.plots[0].lines[0].get_xdata().tolist() == [0, 20, 30]
+
+
+def test_what_is_no_share_has_its_size(result, records):
+    fusion = copy(result.fusion)
+    fusion.is_regression = True
+    sizes = {f"contribution/size/{name}{end}": 7.0 for name in ("left", "right") for end in ("", "_low", "_high")}
+    found = {
+        plot.title: plot
+        for plot in card_figure(replace(result, fusion=fusion), [one | sizes for one in records[1:]]).plots
+    }
+    lines = {line.get_label(): line.get_ydata().tolist() for line in found["Contribution (size)"].lines}
+    assert lines == {"Left": [7] * 3, "Right": [7] * 3}
 
 
 def kept_calls(monkeypatch, *names):
@@ -300,61 +315,6 @@ def kept_calls(monkeypatch, *names):
         keep = lambda *args, name=name, **settings: calls.append((name, args, settings))  # noqa: E731
         monkeypatch.setattr(f"lightning_xattn.visualizations.{name}", keep)
     return calls
-
-
-def test_the_panels_of_the_overview(monkeypatch):
-    """Of two validations, each number of which is its place in the list, and 100 more in the second."""
-    calls = kept_calls(monkeypatch, "plot_epochs")
-    ends = ("", "_low", "_high")
-    names = [f"{topic}/{name}{end}" for topic in ("alignment", "entropy") for name in OUTCOME_NAMES for end in ends]
-    names += [f"support/{name}{end}" for name in ("both", "only_left", "accuracy/unsupported") for end in ends]
-    names += [f"{topic}/left{end}" for topic in ("probe", "contribution/share", "contribution/size") for end in ends]
-    names += [
-        f"outcome/{name}_auroc{end}" for name in ("confidence", "support", "alignment", "entropy") for end in ends
-    ]
-    names += ["alignment/all", "alignment/null", "entropy/a_to_b/all", "largest_class", "probed_samples"]
-    names += ["contribution/share/left/correct"]
-    first = {name: float(i) for i, name in enumerate(names)}
-    second = {name: value + 100 for name, value in first.items() if name != "probe/left_low"}
-    at = [{"stage": "val", "epoch": epoch, "step": 10 * epoch} for epoch in (3, 5)]
-    given = [first | at[0], first | at[0] | {"stage": "test"}, second | at[1]]
-
-    def over(name):
-        return [one.get(name, math.nan) for one in (first, second)]
-
-    def curve(title, name):
-        return Curve(title, [3, 5], *(over(name + end) for end in ends))
-
-    of_topics = {
-        topic: [curve(name, f"{topic}/{name}") for name in OUTCOME_NAMES] for topic in ("alignment", "entropy")
-    }
-    sides = {"confidence": "low", "support": "low", "alignment": "low", "entropy": "high"}
-    cells = [curve("both", "support/both"), curve("only left", "support/only_left")]
-    of_scores = [curve(f"{side} {name}", f"outcome/{name}_auroc") for name, side in sides.items()]
-    start = [
-        Panel("alignment", of_topics["alignment"], (-1, 1), ("null", over("alignment/null"))),
-        Panel("entropy", of_topics["entropy"], (0, 1)),
-        Panel("predictions supported by", cells, (0, 1)),
-        Panel(
-            "accuracy of each probe", [curve("left", "probe/left")], (0, 1), ("largest class", over("largest_class"))
-        ),
-    ]
-    size = Panel("size of the contribution", [curve("left", "contribution/size/left")], (0, math.inf))
-    share = Panel("share of the contribution", [curve("left", "contribution/share/left")], (-1, 2))
-    errors = Panel("detects errors (AUROC)", of_scores, (0, 1), ("chance", [0.5, 0.5]))
-    overview_figure(given, "here")
-    for one in (first, second):
-        for end in ends:
-            del one[f"contribution/size/left{end}"]
-    overview_figure([first | at[0], second | at[1]], "here")
-    overview_figure([one | {"epoch": 3} for one in given], "here")
-    said = {"unit": "epoch", "context": "here"}
-    assert repr(calls[0]) == repr(("plot_epochs", ([*start, size, errors],), said))
-    assert repr(calls[1]) == repr(("plot_epochs", ([*start, share, errors],), said))
-    _, ((shown, *_),), said = calls[2]
-    assert (said["unit"], shown.curves[0].moments) == ("step", [30, 50])
-    overview_figure([{"stage": "val", "epoch": 3, "step": 9}], "here")
-    assert calls[3] == ("plot_epochs", ([],), said | {"unit": "epoch"})
 
 
 def test_what_the_figures_of_a_layer_are_drawn_of(monkeypatch):
@@ -370,7 +330,7 @@ def test_what_the_figures_of_a_layer_are_drawn_of(monkeypatch):
     for (name, (maps, sizes, names), settings), direction in zip(calls[:2], one.heads, strict=True):
         assert (name, sizes, names) == ("plot_class_attention", [*counts, 3, 2], [*NAMES, "correct", "incorrect"])
         queries, keys = (5, 7) if direction.query == "eeg" else (7, 5)
-        asked = f"here; {queries} {direction.query} queries ask {keys} {direction.key} keys"
+        asked = f"here; {queries} queries, {keys} keys"
         of_axes = {"query_axis": axes[direction.query], "key_axis": axes[direction.key]}
         assert settings == said | of_axes | {
             "direction": str(direction),
@@ -388,7 +348,7 @@ def test_what_the_figures_of_a_layer_are_drawn_of(monkeypatch):
     name, (numbers, names), settings = calls[3]
     assert (name, names) == ("plot_class_comparison", list(NAMES))
     titles = {"alignment (Pearson r)": ALIGNMENT}
-    for direction, way in zip(one.heads, ("eeg → spec", "spec → eeg"), strict=True):
+    for direction, way in zip(one.heads, ("EEG → Spec", "Spec → EEG"), strict=True):
         titles[f"entropy {way} (0: one key, 1: uniform)"] = Column("entropy", direction)
     of_subsets = [(i, None) for i in range(3)], [(None, CORRECT), (None, INCORRECT)]
     assert repr(numbers) == repr(
@@ -410,11 +370,15 @@ def test_a_data_sets_figures_are_named_for_files(result, monkeypatch):
     of_layer = ["map/{}/a_to_b", "entropy/{}/by_head", "outcome/{}/class_comparison"]
     monkeypatch.setattr("lightning_xattn.report.figures.epoch_figures", tell(of_layer))
     monkeypatch.setattr("lightning_xattn.report.figures.fusion_figures", tell(["contribution/{}/shares"]))
+    monkeypatch.setattr("lightning_xattn.report.figures.card_figure", lambda explained: "the card")
+    attention = "lightning_xattn.report.figures.attention_figure"
+    monkeypatch.setattr(attention, lambda summary, names, classes_by, axes, context: context)
     layers = {"first": result.headline, "block/2": copy(result.headline)}
     found = dict(dataset_figures(replace(result, summaries=layers)))
-    names = ["map_a_to_b", "entropy_by_head", "class_comparison"]
+    names = ["attention", "map_a_to_b", "entropy_by_head", "class_comparison"]
     size = "130 samples of 23 groups"
     assert found == {
+        "card": "the card",
         "contribution_shares": size,
         **dict.fromkeys(names, f"layer first, {size}"),
         **{f"{name}_block/2": f"layer block/2, {size}" for name in names},
@@ -447,7 +411,7 @@ def test_of_many_classes_the_largest_have_panels_and_the_others_one():
     limited = limit_classes(one)
     kept = [c for c, size in enumerate(sizes) if size > 4]
     assert limited.class_names == (*(names[c] for c in kept), REST)
-    titles = [panel.get_title() for panel in panels(next(dataset_figures(one))[1])]
+    titles = [panel.get_title() for panel in panels(dict(dataset_figures(one))["map_eeg_to_spec"])]
     assert titles[:-2] == [*(f"class {c} (n={sizes[c]})" for c in kept), f"{REST} (n=9)"]
     assert limited.headline.unclassified == 4
     assert limit_classes(one, kept=[1, 0]).class_names == ("class 1", "class 0", REST)
@@ -459,15 +423,14 @@ def test_of_many_layers_four_are_shown_from_the_first_to_the_last():
     assert limit_layers(list("abcd")) == ["a", "b", "c", "d"]
 
 
-def test_an_undefined_number_is_drawn_nowhere(records):
+def test_an_undefined_number_is_drawn_nowhere(result, records):
     gone = records[2] | {"probe/left": math.nan}
-    figure = overview_figure([records[1], gone, records[3]], "val")
-    probes = next(plot for plot in figure.plots if plot.title == "accuracy of each probe")
+    probes, *_ = card_figure(result, [records[1], gone, records[3]]).plots
     assert np.isnan(probes.lines[0].get_ydata()).tolist() == [False, True, False]
 
 
 def test_a_data_set_has_the_figures_of_its_modalities_and_of_its_first_layer(result):
     assert [name for name, _ in dataset_figures(result)] == [
-        *("support_cells", "contribution_shares", "map_left_to_right", "map_right_to_left"),
+        *("card", "contribution_shares", "attention", "map_left_to_right", "map_right_to_left"),
         *("entropy_by_head", "class_comparison"),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -12,7 +14,7 @@ from matplotlib.transforms import Bbox
 
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.errors import SettingError, ShapeError
-from lightning_xattn.visualizations import plot_attention_by_class, plot_class_attention, render
+from lightning_xattn.visualizations import plot_attention_card, plot_class_attention, render
 from lightning_xattn.visualizations.drawing import first_tokens
 from tests.messages import tells
 from tests.visualizations.conftest import EEG, LONG_REGIONS, REGIONS, SPEC, make_maps, mesh, panels, texts
@@ -20,6 +22,7 @@ from tests.visualizations.conftest import EEG, LONG_REGIONS, REGIONS, SPEC, make
 THERE, BACK = make_maps(3, 4, 7), make_maps(3, 7, 4)
 MAPS = {"eeg_to_spec": THERE, "spec_to_eeg": BACK}
 NAMES, COUNTS = ["a", "b", "c"], [4, 5, 6]
+plot_maps = partial(plot_attention_card, [])  # without numbers above them
 
 
 def images(figure: Figure) -> dict[str, BboxImage]:
@@ -39,7 +42,7 @@ def written(figure: Figure, text: str) -> list[tuple[float, float]]:
 
 
 def test_each_class_has_its_lifts_in_both_directions() -> None:
-    figure = plot_attention_by_class(MAPS, COUNTS, NAMES, context="val, epoch 3")
+    figure = plot_maps(MAPS, COUNTS, NAMES, context="val, epoch 3")
     found = images(figure)
     maps = [f"{direction}/{i}" for i in range(3) for direction in MAPS]
     assert list(found) == [*maps, "eeg_to_spec/scale", "spec_to_eeg/scale"]
@@ -47,13 +50,13 @@ def test_each_class_has_its_lifts_in_both_directions() -> None:
         # The modality of more tokens lies horizontally in both.
         np.testing.assert_allclose(found[f"eeg_to_spec/{i}"].get_array(), THERE[i] * 7)
         np.testing.assert_allclose(found[f"spec_to_eeg/{i}"].get_array(), BACK[i].T * 4)
-    assert "Mean attention per true class\nval, epoch 3" in texts(figure)
-    assert "eeg → spec\n4 queries, 7 keys" in texts(figure)
-    assert "spec → eeg\n7 queries, 4 keys" in texts(figure)
+    assert "Attention per true class\nval, epoch 3" in texts(figure)
+    assert "EEG → Spec\n4 queries, 7 keys" in texts(figure)
+    assert "Spec → EEG\n7 queries, 4 keys" in texts(figure)
 
 
 def test_rows_are_classes_and_columns_are_directions() -> None:
-    figure = plot_attention_by_class(MAPS, COUNTS, NAMES)
+    figure = plot_maps(MAPS, COUNTS, NAMES)
     height = figure.get_figheight()
     places = {name: place_of(figure, image) for name, image in images(figure).items()}
     for i, name in enumerate(NAMES):
@@ -64,7 +67,7 @@ def test_rows_are_classes_and_columns_are_directions() -> None:
         assert x == pytest.approx(there.x0)
         assert 0 < height - y - there.y1 < 0.25, "a class's name stands over its row"
         assert i == 0 or there.y1 < height - y < places[f"eeg_to_spec/{i - 1}"].y0
-    for direction, head in (("eeg_to_spec", "eeg → spec"), ("spec_to_eeg", "spec → eeg")):
+    for direction, head in (("eeg_to_spec", "EEG → Spec"), ("spec_to_eeg", "Spec → EEG")):
         column = places[f"{direction}/0"]
         (place,) = [one.get_position() for one in figure.findobj(Text) if one.get_text().startswith(head)]
         assert place[0] == pytest.approx((column.x0 + column.x1) / 2)
@@ -72,7 +75,7 @@ def test_rows_are_classes_and_columns_are_directions() -> None:
 
 
 def test_pixels_have_the_colours_of_their_cells() -> None:
-    figure = plot_attention_by_class(MAPS, COUNTS, NAMES)
+    figure = plot_maps(MAPS, COUNTS, NAMES)
     picture = render(figure)
     for name, image in images(figure).items():
         values, box = image.get_array(), image.get_window_extent()
@@ -90,7 +93,7 @@ def test_pixels_have_the_colours_of_their_cells() -> None:
 
 
 def test_all_classes_of_a_direction_have_one_scale_and_its_bar_has_it() -> None:
-    figure = plot_attention_by_class(MAPS, COUNTS, NAMES)
+    figure = plot_maps(MAPS, COUNTS, NAMES)
     found = images(figure)
     for direction, maps, keys in (("eeg_to_spec", THERE, 7), ("spec_to_eeg", BACK, 4)):
         limits = {image.get_clim() for name, image in found.items() if name.startswith(direction)}
@@ -98,14 +101,14 @@ def test_all_classes_of_a_direction_have_one_scale_and_its_bar_has_it() -> None:
         bar = found[f"{direction}/scale"].get_array()
         assert (bar.min(), bar.max()) == next(iter(limits))
     assert "Each direction has its own scale." in texts(figure).replace("\n", " ")
-    flat = plot_attention_by_class({"x_to_y": np.full((1, 3, 7), 1 / 7)}, [1], ["a"])
+    flat = plot_maps({"x_to_y": np.full((1, 3, 7), 1 / 7)}, [1], ["a"])
     assert images(flat)["x_to_y/0"].get_clim() == pytest.approx((0.9, 1.1)), "uniform maps are not zoomed into noise"
     assert "own scale" not in texts(flat)
 
 
 def test_tokens_stand_where_their_spans_are() -> None:
     maps = {"eeg_to_spec": make_maps(2, 9, 119), "spec_to_eeg": make_maps(2, 119, 9)}
-    figure = plot_attention_by_class(maps, [4, 5], ["a", "b"], axes={"eeg": EEG, "spec": SPEC})
+    figure = plot_maps(maps, [4, 5], ["a", "b"], axes={"eeg": EEG, "spec": SPEC})
     for direction in maps:
         column = place_of(figure, images(figure)[f"{direction}/1"])
         # From 2.5 s to 597.5 s, as windows meet half-way between their centres.
@@ -120,7 +123,7 @@ def test_tokens_stand_where_their_spans_are() -> None:
 def test_uneven_tokens_are_as_wide_as_their_spans() -> None:
     axis = TokenAxis("time (s)", spans=[(0, 2), (2, 6), (10, 20)])  # from -0.5 over 2.5 and 9.5 to 20.5
     maps = make_maps(1, 2, 3)
-    shown = images(plot_attention_by_class({"x_to_y": maps}, [1], ["a"], axes={"y": axis}))["x_to_y/0"].get_array()
+    shown = images(plot_maps({"x_to_y": maps}, [1], ["a"], axes={"y": axis}))["x_to_y/0"].get_array()
     for row in range(2):
         values, counts = np.unique(shown[row], return_counts=True)
         widths = dict(zip(values, counts / shown.shape[1], strict=True))
@@ -129,7 +132,7 @@ def test_uneven_tokens_are_as_wide_as_their_spans() -> None:
 
 def test_tokens_are_named() -> None:
     maps = {"eeg_to_spec": make_maps(1, 4, 4), "spec_to_eeg": make_maps(1, 4, 4)}
-    figure = plot_attention_by_class(maps, [1], ["a"], axes={"eeg": LONG_REGIONS, "spec": REGIONS})
+    figure = plot_maps(maps, [1], ["a"], axes={"eeg": LONG_REGIONS, "spec": REGIONS})
     found = images(figure)
     # Of as many tokens the keys of the first direction lie horizontally.
     np.testing.assert_allclose(found["eeg_to_spec/0"].get_array(), maps["eeg_to_spec"][0] * 4)
@@ -144,7 +147,7 @@ def test_a_class_without_samples_says_so() -> None:
     maps = {name: one.copy() for name, one in MAPS.items()}
     maps["eeg_to_spec"][2] = np.nan
     maps["spec_to_eeg"][0, 1] = np.nan  # one query
-    figure = plot_attention_by_class(maps, [4, 0, 6], NAMES)
+    figure = plot_maps(maps, [4, 0, 6], NAMES)
     assert set(images(figure)) == {
         *("eeg_to_spec/0", "spec_to_eeg/0", "spec_to_eeg/2", "eeg_to_spec/scale", "spec_to_eeg/scale")
     }
@@ -156,14 +159,14 @@ def test_a_class_without_samples_says_so() -> None:
 
 
 def test_one_key_is_labelled() -> None:
-    figure = plot_attention_by_class({"eeg_to_spec": np.ones((2, 9, 1))}, [4, 5], ["a", "b"])
-    assert "eeg → spec: a single key, so every weight is 1" in texts(figure).replace("\n", " ")
+    figure = plot_maps({"eeg_to_spec": np.ones((2, 9, 1))}, [4, 5], ["a", "b"])
+    assert "EEG → Spec: a single key, so every weight is 1" in texts(figure).replace("\n", " ")
 
 
 def test_what_the_classes_are_is_said() -> None:
-    said = texts(plot_attention_by_class(MAPS, COUNTS, NAMES, classes_by="prediction"))
+    said = texts(plot_maps(MAPS, COUNTS, NAMES, classes_by="prediction"))
     assert "per predicted class" in said
-    assert " class" not in texts(plot_attention_by_class(MAPS, COUNTS, NAMES, classes_by=None))
+    assert " class" not in texts(plot_maps(MAPS, COUNTS, NAMES, classes_by=None))
 
 
 # Cells of several tokens
@@ -187,15 +190,15 @@ def test_the_first_token_of_each_cell(tokens: int, cells: int, expected: list[in
 def test_cells_of_several_tokens_are_said_and_stand_where_the_tokens_are() -> None:
     maps = {"x_to_y": make_maps(2, 4, 8), "y_to_x": make_maps(2, 8, 4)}
     tokens = {"x_to_y": (256, 1024), "y_to_x": (1024, 256)}
-    figure = plot_attention_by_class(maps, [1, 1], ["a", "b"], tokens=tokens)
+    figure = plot_maps(maps, [1, 1], ["a", "b"], tokens=tokens)
     assert "Each cell is the mean of up to 64 x 128 tokens (queries x keys)." in texts(figure).replace("\n", " ")
-    assert "x → y\n256 queries, 1024 keys" in texts(figure)
+    assert "X → Y\n256 queries, 1024 keys" in texts(figure)
     found = images(figure)
     np.testing.assert_allclose(found["x_to_y/1"].get_array(), maps["x_to_y"][1] * 1024)
     np.testing.assert_allclose(found["y_to_x/1"].get_array(), maps["y_to_x"][1].T * 256)
     column = place_of(figure, found["x_to_y/1"])
     assert any(x == pytest.approx(column.x0 + 600.5 / 1024 * column.width) for x, _ in written(figure, "600"))
-    assert "mean of up to" not in texts(plot_attention_by_class(maps, [1, 1], ["a", "b"]))
+    assert "mean of up to" not in texts(plot_maps(maps, [1, 1], ["a", "b"]))
 
 
 def test_the_larger_figure_of_maps_says_it_too() -> None:
@@ -222,7 +225,7 @@ def test_the_larger_figure_of_maps_says_it_too() -> None:
 @pytest.mark.parametrize(
     ("maps", "settings", "error", "facts"),
     [
-        ({}, {}, SettingError, ["direction", "got none"]),
+        ({}, {}, SettingError, ["measure or map", "got none"]),
         ({"x": THERE}, {}, SettingError, ["'<query>_to_<key>'", "got 'x'"]),
         ({"a_to_b": THERE, "c_to_a": BACK}, {}, SettingError, ["there and back", "a_to_b, c_to_a"]),
         ({"a_to_b": THERE, "b_to_a": THERE}, {}, ShapeError, ["'a_to_b'", "'b_to_a'", "(4, 7)"]),
@@ -236,4 +239,4 @@ def test_the_larger_figure_of_maps_says_it_too() -> None:
 def test_maps_that_do_not_fit_are_refused(maps, settings, error, facts: list[object]) -> None:
     known = {"counts": COUNTS, "class_names": NAMES} | settings
     with pytest.raises(error, match=tells(*facts)):
-        plot_attention_by_class(maps, **known)
+        plot_maps(maps, **known)

@@ -168,7 +168,7 @@ def test_entropy_cells_show_their_values() -> None:
     there, back = panels(figure)
     assert places([there, back]) == [(0, 0), (1, 0)]
     assert (there.get_xlabel(), there.get_xlim()) == ("head", (-0.5, 2.5))
-    assert (there.get_title(), back.get_title()) == ("eeg → spec", "spec → eeg")
+    assert (there.get_title(), back.get_title()) == ("EEG → Spec", "Spec → EEG")
     np.testing.assert_array_equal(drawn(there), values)
     np.testing.assert_array_equal(drawn(back), 1 - values)
     assert mesh(there).get_clim() == mesh(back).get_clim() == (0, 1)

@@ -84,7 +84,7 @@ def test_directions_differ_in_hatching_and_are_named() -> None:
     figure = plot_head_contributions(PAIR)
     there, back = bar_containers(panels(figure)[0])
     assert (there[0].get_hatch(), back[0].get_hatch()) == (None, "///")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["eeg → spec", "spec → eeg"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["EEG → Spec", "Spec → EEG"]
 
 
 def test_one_key_and_undefined_heads_are_said() -> None:
@@ -92,8 +92,8 @@ def test_one_key_and_undefined_heads_are_said() -> None:
     back[:, 1] = NAN
     figure = plot_head_contributions({"eeg_to_spec": torch.ones(2, 3, 5, 1), "spec_to_eeg": back})
     render(figure)
-    assert "eeg → spec: a single key, so every weight is 1" in figure.get_suptitle()
-    assert "spec → eeg: a single key" not in figure.get_suptitle()
+    assert "EEG → Spec: a single key, so every weight is 1" in figure.get_suptitle()
+    assert "Spec → EEG: a single key" not in figure.get_suptitle()
     # Where the bar of head 1 of the second direction would stand.
     places = [[text.get_position()[0] for text in ax.texts if text.get_text() == "undefined"] for ax in panels(figure)]
     np.testing.assert_allclose(places, [[1.2], [1.2]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import combinations
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from matplotlib.text import Text
 
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.visualizations import (
+    Cell,
     Curve,
     Estimate,
+    Measure,
     Panel,
-    plot_attention_by_class,
+    plot_attention_card,
     plot_attention_heatmap,
+    plot_card,
     plot_class_attention,
     plot_class_comparison,
     plot_cross_modal_attention,
@@ -75,7 +79,30 @@ def both_ways_figure(
     counts = np.arange(len(classes)) + 120
     if missing is not None:
         counts[missing] = 0
-    return plot_attention_by_class(maps, counts, classes, axes={"eeg": one, "spec": other}, context=CONTEXT)
+    axes = {"eeg": one, "spec": other}
+    return plot_attention_card(make_measures(classes), maps, counts, classes, axes=axes, context=CONTEXT)
+
+
+def make_measures(classes: list[str]) -> list[Measure]:
+    means = np.random.default_rng(0).uniform(size=len(classes) + 2)
+    groups = [Estimate(mean, mean - 0.1, mean + 0.1, 3 + i) for i, mean in enumerate(means)]
+    titles = "alignment", "entropy EEG → Spec", "entropy Spec → EEG"
+    return [Measure(title, groups[:-2], groups[-2:], null=0.1) for title in titles]
+
+
+def card_figure(modalities: list[str], cells: list[str]) -> Figure:
+    rng = np.random.default_rng(0)
+
+    def some() -> Estimate:
+        mean = rng.uniform()
+        return Estimate(mean, mean - 0.2, mean + 0.2, 40)
+
+    few = Estimate(0.5, math.nan, math.nan, 2)
+    probes = {name: some() for name in (*modalities, "joint", "model")}
+    of_cells = [Cell(name, some(), few if i == 1 else some(), some()) for i, name in enumerate(cells)]
+    sentence = "The model mostly uses EEG (88 % of the contribution). Both modalities support 28 % of the predictions."
+    settings = {"largest_class": 0.17, "sentence": sentence, "group_noun": "patients", "context": CONTEXT}
+    return plot_card(modalities, probes, {name: some() for name in modalities}, of_cells, **settings)
 
 
 def entropy_figure(classes: list[str], heads: int, missing: int | None = None) -> Figure:
@@ -148,6 +175,8 @@ ELECTRODES = TokenAxis("electrode", names=[f"electrode {i}" for i in range(128)]
 MANY = [f"class {i}" for i in range(20)]
 QUICK = {
     "six classes": lambda: attention_figure(HMS, EEG, SPEC, missing=3),
+    "card": lambda: card_figure(["eeg", "spec"], ["both", "only EEG", "only Spec", "neither (probes differ)"]),
+    "card, long names": lambda: card_figure(LONG, [f"{n} of 3" for n in (3, 2, 1)]),
     "both ways": lambda: both_ways_figure(HMS, EEG, SPEC, missing=3),
     "both ways, long class names": lambda: both_ways_figure(LONG, LONG_REGIONS, SPEC),
     "long class names": lambda: attention_figure(LONG, EEG, SPEC),

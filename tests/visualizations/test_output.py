@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from lightning_xattn import visualizations
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.visualizations import (
+    Cell,
     Curve,
     Estimate,
     Panel,
-    plot_attention_by_class,
+    plot_attention_card,
     plot_attention_heatmap,
+    plot_card,
     plot_class_attention,
     plot_class_comparison,
     plot_cross_modal_attention,
@@ -27,7 +29,6 @@ from lightning_xattn.visualizations import (
     plot_head_contributions,
     plot_head_entropy,
     plot_modality_alignment,
-    plot_support,
 )
 from tests.messages import tells
 from tests.visualizations import window_backend
@@ -51,8 +52,8 @@ def plot_signals(**save):
 PAIR = make_pair()
 GROUPS = [Estimate(0.3, 0.2, 0.4, 9), Estimate(0.2, 0.1, 0.3, 7)]
 PLOTS = {
-    "attention_by_class": lambda **save: plot_attention_by_class(
-        {"x_to_y": make_maps(2, 3, 5)}, [4, 5], ["a", "b"], **save
+    "attention_card": lambda **save: plot_attention_card(
+        [], {"x_to_y": make_maps(2, 3, 5)}, [4, 5], ["a", "b"], **save
     ),
     "attention_heatmap": lambda **save: plot_attention_heatmap(PAIR["eeg_to_spec"], **save),
     "attention_over_signals": lambda **save: plot_signals(**save),
@@ -65,7 +66,7 @@ PLOTS = {
     "head_contributions": lambda **save: plot_head_contributions(PAIR, **save),
     "head_entropy": lambda **save: plot_head_entropy({"x_to_y": [[0.5, 0.7]]}, [4], ["a"], **save),
     "modality_alignment": lambda **save: plot_modality_alignment(PAIR, **save),
-    "support": lambda **save: plot_support([("both", 9, *GROUPS, GROUPS[0])], **save),
+    "card": lambda **save: plot_card(["a"], {"a": GROUPS[0]}, "none", [Cell("both", *GROUPS, GROUPS[0])], **save),
 }
 
 

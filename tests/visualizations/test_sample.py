@@ -45,9 +45,9 @@ def test_both_directions_lie_alike_and_show_the_lift_of_the_sample() -> None:
     left, right = panels(figure)
     np.testing.assert_allclose(drawn(left), reference.lift_map(sample("eeg_to_spec")), rtol=1e-5)
     np.testing.assert_allclose(drawn(right), reference.lift_map(sample("spec_to_eeg")).T, rtol=1e-5)
-    assert (left.get_ylabel(), left.get_xlabel()) == ("query: eeg token", "key: spec token")
-    assert (right.get_ylabel(), right.get_xlabel()) == ("key: eeg token", "query: spec token")
-    assert left.get_title() == f"eeg → spec (lift {drawn(left).min():.2f} to {drawn(left).max():.2f})"
+    assert (left.get_ylabel(), left.get_xlabel()) == ("query: EEG token", "key: Spec token")
+    assert (right.get_ylabel(), right.get_xlabel()) == ("key: EEG token", "query: Spec token")
+    assert left.get_title() == f"EEG → Spec (lift {drawn(left).min():.2f} to {drawn(left).max():.2f})"
     assert left.yaxis_inverted()
     assert right.yaxis_inverted()
     assert "sample 1" in figure.get_suptitle()
@@ -55,8 +55,8 @@ def test_both_directions_lie_alike_and_show_the_lift_of_the_sample() -> None:
 
 def test_the_keys_lie_horizontally_where_both_modalities_have_as_many_tokens() -> None:
     left, right = panels(plot_cross_modal_attention(make_pair(queries=5, keys=5)))
-    assert (left.get_ylabel(), left.get_xlabel()) == ("query: eeg token", "key: spec token")
-    assert (right.get_ylabel(), right.get_xlabel()) == ("query: spec token", "key: eeg token")
+    assert (left.get_ylabel(), left.get_xlabel()) == ("query: EEG token", "key: Spec token")
+    assert (right.get_ylabel(), right.get_xlabel()) == ("query: Spec token", "key: EEG token")
 
 
 @pytest.mark.parametrize("plot", [plot_cross_modal_attention, plot_modality_alignment])
@@ -196,7 +196,7 @@ def test_a_heatmap_of_one_head_and_sample_says_so() -> None:
     (ax,) = panels(figure)
     np.testing.assert_allclose(drawn(ax), 5 * sample("spec_to_eeg")[2].T, rtol=1e-5)
     assert ax.get_title().startswith("head 2, lift ")
-    assert (ax.get_ylabel(), ax.get_xlabel()) == ("key: eeg token", "query: spec token")
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("key: EEG token", "query: Spec token")
     assert figure.get_suptitle() == "Here"
 
 
