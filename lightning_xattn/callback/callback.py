@@ -149,8 +149,9 @@ class AttentionExplainabilityCallback(Callback):
         Hand figures to the loggers in every n-th recorded epoch of a fit; 0: never, also not at its end, and none of
         ``trainer.validate`` and ``trainer.test``, which else always do.
     figures
-        "main": in an epoch of a fit these are the overview and one page of mean attention by class. All others, the
-        report and the files of the table are of the last recorded epoch and come when the fit ends, also by
+        "main": in an epoch of a fit these are the card (probe accuracy, contribution, support) and the attention card
+        (alignment, entropy and mean maps by class). All others, the summary, the report and the files of the table are
+        of the last recorded epoch and come when the fit ends, also by
         ``EarlyStopping``, ``max_steps`` or Ctrl-C; after an error there are none. "all": each of those epochs has all.
     faithfulness_every_n_epochs
         Test whether the attention ranks the keys that the model uses, in every n-th recorded epoch and in the last one

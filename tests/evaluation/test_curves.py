@@ -76,6 +76,8 @@ def expected_of_fusion(fusion):
     expected |= {f"support/{cell.key}": cell.share.mean for cell in fusion.cells}
     unsupported = fusion.outcomes[(fusion.support_cell >= 3) & (fusion.target >= 0)]
     expected["support/accuracy/unsupported"] = float((unsupported == CORRECT).double().mean())
+    supported = fusion.outcomes[(fusion.support_cell == 0) & (fusion.target >= 0)]
+    expected["support/accuracy/supported"] = float((supported == CORRECT).double().mean())
     expected["support/delta_auroc"] = math.nan
     expected |= {f"health/unused/{name}": unused(fusion, name) for name in ("left", "right")}
     for name in ("left", "right"):
@@ -135,6 +137,7 @@ def test_the_record_has_counts_intervals_and_what_is_compared(evaluated):
     ends |= {f"support/{cell.key}": (cell.share.low, cell.share.high) for cell in fusion.cells}
     found = fusion.estimate("correct", among=fusion.support_cell >= 3)
     ends["support/accuracy/unsupported"] = found.low, found.high
+    ends["support/accuracy/supported"] = fusion.cells[0].accuracy.low, fusion.cells[0].accuracy.high
     for score in SCORES:
         found = one.compare(score)
         ends[f"outcome/{score}_auroc"] = found.low, found.high
