@@ -91,7 +91,7 @@ def test_offline(run, tmp_path):
     assert "| all" in (tmp_path / "explained/report.md").read_text()
     assert {path.name for path in (tmp_path / "explained/figures").glob("*.png")} == {
         *("map_audio_to_text.png", "map_text_to_audio.png", "entropy_by_head.png"),
-        *("class_comparison.png", "contribution_shares.png"),
+        *("class_comparison.png", "contribution_shares.png", "card.png", "attention.png"),
     }
 
 
