@@ -11,7 +11,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 
 from lightning_xattn.callback.monitors import Monitor
-from lightning_xattn.callback.terminal import list_lines
+from lightning_xattn.callback.terminal import finish_progress_bar, list_lines
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.notices import describe_error, info, warn
 from lightning_xattn.evaluation.batch import StepRecorder
@@ -69,8 +69,10 @@ class Run:
 
     def print_summary(self) -> None:
         """Print what the last recorded epoch says, once."""
-        headlines, self.headlines = self.headlines, {}
+        headlines, self.headlines, trainer = self.headlines, {}, self.trainer()
         if headlines:
+            if trainer is not None:
+                finish_progress_bar(trainer)
             info("\n".join(list_lines(headlines, self.places)))
 
     @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pytorch_lightning import Trainer
+
 from lightning_xattn.report.headline import Headline
 
 MAX_LINES = 8
@@ -40,3 +42,10 @@ def list_lines(headlines: Mapping[str, Headline], places: Sequence[str]) -> list
         left_out = len(lines) - room + 1
         lines = [*lines[: room - 1], f"  {left_out} more: see the report."]
     return [*lines, *last]
+
+
+def finish_progress_bar(trainer: Trainer) -> None:
+    """Let a bar of rich draw its last lines before ours: it does that in its teardown, which comes after ours."""
+    bar = trainer.progress_bar_callback
+    if bar is not None and any(kind.__name__ == "RichProgressBar" for kind in type(bar).__mro__):
+        bar.teardown(trainer, trainer.lightning_module, "")

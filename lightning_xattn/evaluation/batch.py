@@ -20,7 +20,7 @@ from lightning_xattn.capture.labels.places import module_named
 from lightning_xattn.core.attention import AttentionPair, Direction, mask_absent, mask_queries
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
-from lightning_xattn.core.notices import info, warn
+from lightning_xattn.core.notices import warn
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 
 Attentions = tuple[AttentionPair, ...]
@@ -62,6 +62,8 @@ class StepRecorder:
         Of the modalities, for replays.
     renamed : dict of Direction to Direction
         Directions that this step's attention has by its names, with those that the modalities show.
+    detected_no_attention : bool
+        Whether a first step computed no attention, though the settings did not turn it off.
 
     Raises
     ------
@@ -89,6 +91,7 @@ class StepRecorder:
         # A model of which no attention is named may have no cross-attention at all.
         self._may_lack_attention = attention is None
         self._lacks_attention = is_set_aside(attention)
+        self.detected_no_attention = False
         self._pairs: Attentions = ()
         # Why it is not clear in a first step which attention goes across.
         self._doubt: DiscoveryError | None = None
@@ -277,10 +280,7 @@ class StepRecorder:
             if self._attention.saw_attention and isinstance(error, DiscoveryError):
                 self._doubt = error
                 return ()
-            info(
-                "No attention is recorded, as the model computes none that is seen. If it has some, name it: "
-                "attention={'<a>_to_<b>': 'path.to.module', '<b>_to_<a>': 'path.to.module'}."
-            )
+            self.detected_no_attention = True
             self._attention.set_aside()
             return ()
 

@@ -11,7 +11,7 @@ from lightning_xattn.capture import Layer
 from lightning_xattn.core.names import shown_tag
 from lightning_xattn.core.notices import is_new
 from lightning_xattn.core.wording import SINGLE_KEYS, by_reason, percent, say_wholly_masked
-from lightning_xattn.evaluation.fusion_summary import FusionSummary
+from lightning_xattn.evaluation.fusion_summary import NO_TARGETS, FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import Column
 from lightning_xattn.evaluation.support import UNUSED_EPOCHS, UNUSED_SHARE
@@ -132,6 +132,8 @@ def check_rows(layer: str, rows: Sequence[Rows], may_lack: bool = False) -> Iter
 def check_fusion(summary: FusionSummary) -> Iterator[str]:
     """Messages about what was not computed of the modalities, those that this run has not given yet."""
     for reason, names in _new_by_reason("probe", summary.probe_problems):
+        if reason == NO_TARGETS:
+            continue  # which no setting changes; the numbers at the end say so
         who = " and ".join(map(repr, names))
         yield f"Linear probe of {who} not used: {reason}. So support is not computed."
     if summary.unrecorded and is_new(("unrecorded", summary.unrecorded)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from lightning_xattn.capture.labels import Labels, Step
+from lightning_xattn.capture.labels import SO_A_REGRESSION, Labels, Step
 from lightning_xattn.capture.labels.places import UNLABELLED
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.core.names import shown
@@ -109,8 +109,15 @@ def name_classes(labels: Labels, class_names: Sequence[str] | None, classes_by: 
     return check_class_names(class_names) if class_names else ()
 
 
+def is_regression(labels: Labels) -> bool:
+    """Whether the predictions of a first batch were taken for those of a regression."""
+    return SO_A_REGRESSION in labels.doubts.get("predictions", "")
+
+
 def missing_labels(labels: Labels, names: Sequence[str], classes_by: str, step: Step) -> Iterator[str]:
     """Messages about labels that were not found or not used, each with the setting that names them."""
+    if is_regression(labels):
+        return  # which has neither, as the line about what was detected says
     if "confidence" in labels.doubts:
         yield labels.doubts["confidence"]
     for what, ids in (("predictions", labels.predicted), ("targets", labels.target)):

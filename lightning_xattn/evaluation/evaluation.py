@@ -28,7 +28,7 @@ from lightning_xattn.core.notices import warn
 from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.batch import Attentions, BatchResult, StepRecorder, classify, read_batch, with_fusion
 from lightning_xattn.evaluation.checks import explain_refusal
-from lightning_xattn.evaluation.classes import missing_labels, name_classes, own_class_names
+from lightning_xattn.evaluation.classes import is_regression, missing_labels, name_classes, own_class_names
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.maps import CELLS, add_maps, maps_by_sample
@@ -111,6 +111,13 @@ class Totals:
         """The same without classes, predictions and outcomes."""
         layers = {name: sums.without_labels() for name, sums in self.layers.items()}
         return replace(self, kept=self.kept.without_labels(), layers=layers, classes=())
+
+
+NO_ATTENTION = (
+    "no attention (none detected; if there is some, set attention={'<a>_to_<b>': 'path.to.module', "
+    "'<b>_to_<a>': 'path.to.module'})"
+)
+"""What is printed of a model without attention."""
 
 
 class Evaluation:
@@ -224,11 +231,14 @@ class Evaluation:
         predictions = places.get("predictions", "")
         if predictions and n_classes:
             predictions += f" ({n_classes} classes)"
+        predictions = predictions or recorder.fusion.found.prediction_name or "none"
+        if is_regression(batch.labels):
+            predictions += " (regression; if it is a binary head, set targets=<key or callable>)"
         return "; ".join(
             [
-                ", ".join(attention) or "no attention",
+                ", ".join(attention) or (NO_ATTENTION if recorder.detected_no_attention else "no attention"),
                 f"modalities: {', '.join(map(str, recorder.fusion.modalities)) or 'none'}",
-                f"predictions: {predictions or recorder.fusion.found.prediction_name or 'none'}",
+                f"predictions: {predictions}",
                 *(f"{what}: {places.get(what, 'none')}" for what in ("targets",)),
                 *(f"{what}: {places[what]}" for what in ("groups", "query_mask") if what in places),
             ]

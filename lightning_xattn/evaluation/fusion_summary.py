@@ -63,6 +63,10 @@ def _flatten_pooled(features: Tensor, width: int | None) -> Tensor:
     return features[:, 0] if is_single else features.flatten(1)
 
 
+NO_TARGETS = "there are no targets that are single classes"
+"""Why there is no probe for a regression, or without labels."""
+
+
 class FusionSummary:
     """An evaluation's modalities: probes, conflict, contributions, and the faithfulness of attention.
 
@@ -319,7 +323,7 @@ class FusionSummary:
         if not self.samples:
             return self._explain_no_samples()
         if not class_counts.any():
-            return "there are no targets that are single classes"
+            return NO_TARGETS
         if (class_counts >= LEAST_OF_A_CLASS).sum() < 2:
             return f"fewer than two classes have {LEAST_OF_A_CLASS} samples"
         if not accuracy.count:

@@ -44,6 +44,9 @@ SEVERAL_LABELS = "the targets are several labels at once, so no one class is pre
 """Why nothing of a softmax is computed, as the end of a sentence."""
 
 
+SO_A_REGRESSION = "So it is a regression, which has no classes, or a binary head whose targets must be named."
+"""What is concluded from predictions of one number and targets other than 0 and 1."""
+
 SCALES = {"logits": "logits", "probabilities": "probabilities", "probs": "probabilities"}
 """The keys that say what scores are."""
 
@@ -540,8 +543,7 @@ class LabelFinder:
             if self._binary and not is_binary and not is_said:
                 self._doubts["predictions"] = (
                     f"{guessed.name} gives one number for each sample, but the first batch has no targets of 0 and 1 "
-                    "to go with it. So it is a regression, which has no classes, or a binary head whose targets must "
-                    "be named."
+                    f"to go with it. {SO_A_REGRESSION}"
                 )
                 return places | dict.fromkeys(("predictions", "targets"))
             self._probabilities, doubt = find_scale(scores, step.samples, guessed.key, loss)
