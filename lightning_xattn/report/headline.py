@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_xattn.core.wording import decimal, describe_size, name_modality, percent, say_interval
+from lightning_xattn.core.wording import by_reason, decimal, describe_size, name_modality, percent, say_interval
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.support import estimate_unsupported, unused
 from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.functional.probe import JOINT
 from lightning_xattn.functional.shapley import MOSTLY
-from lightning_xattn.report.estimates import format_estimate
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,9 @@ def describe_headline(result: DatasetResult) -> Headline:
     if fusion is None:
         return Headline(_describe_attention(result), (), ())
     numbers = (
-        ("Probe accuracy", list_probes(fusion)),
-        ("Contribution", list_shares(fusion)),
-        ("Support", list_support(fusion)),
+        ("Probe accuracy", _explain_bracket(list_probes(fusion))),
+        ("Contribution", _explain_bracket(list_shares(fusion))),
+        ("Support", _explain_bracket(list_support(fusion))),
     )
     return Headline(_describe_fusion(fusion), numbers, tuple(_find_warnings(fusion)))
 
@@ -74,7 +73,7 @@ def describe_with_captions(result: DatasetResult) -> str:
     parts = [f"**{found.sentence}**"]
     parts += [f"**{name}:** {text}  \n*{CAPTIONS[name]}*" for name, text in found.numbers]
     parts += [f"**Warning:** {text}" for text in found.warnings]
-    return "\n\n".join([*parts, "In brackets: 95 % CI."]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _describe_attention(result: DatasetResult) -> str:
@@ -87,9 +86,10 @@ def _describe_attention(result: DatasetResult) -> str:
 
 
 def _describe_fusion(fusion: FusionSummary) -> str:
-    sentences = [*_describe_use(fusion), *_describe_agreement(fusion)]
-    if sentences:
-        return " ".join(sentences)
+    clauses = [*_describe_use(fusion), *_describe_agreement(fusion)]
+    if clauses:
+        said = "; ".join(clauses)
+        return f"{said[0].upper()}{said[1:]}."
     if not fusion.samples:
         return "Nothing is computed of the modalities: no sample has all of them."
     return f"Neither what the model uses nor who supports its predictions is known ({fusion.samples} samples)."
@@ -101,7 +101,7 @@ def _describe_use(fusion: FusionSummary) -> Iterator[str]:
         return
     if fusion.is_regression:
         sizes = [f"{name_modality(name)} by {decimal(fusion.size(name).mean)}" for name in fusion.modalities]
-        yield f"{_join(sizes)} moves the output on average."
+        yield f"on average the output moves with {_join(sizes)}"
         return
     shares = {name: fusion.share(name) for name in fusion.modalities}
     known = {name: share for name, share in shares.items() if math.isfinite(share.low)}
@@ -109,11 +109,15 @@ def _describe_use(fusion: FusionSummary) -> Iterator[str]:
         return
     most = max(known, key=lambda name: known[name].mean)
     if known[most].low > MOSTLY:
-        yield f"The model mostly uses {name_modality(most)} ({percent(known[most].mean, 0)} of the contribution)."
+        yield f"the model mostly uses {name_modality(most)} ({percent(known[most].mean, 0)} of the contribution)"
         return
-    first, *others = ((name_modality(name), percent(share.mean, 0)) for name, share in known.items())
-    listed = [f"{first[0]} ({first[1]} of the contribution)", *(f"{name} ({share})" for name, share in others)]
-    yield f"The model uses {_join(listed)}."
+    used = {name: share for name, share in known.items() if share.low > 0}
+    if not used:
+        return
+    listed = [f"{name_modality(name)} ({percent(share.mean, 0)})" for name, share in used.items()]
+    listed[0] = f"{listed[0][:-1]} of the contribution)"
+    others = [name_modality(name) for name in known if name not in used]
+    yield f"the model uses {_join(listed)}" + (f", not clearly {_join(others)}" if others else "")
 
 
 def _describe_agreement(fusion: FusionSummary) -> Iterator[str]:
@@ -122,18 +126,17 @@ def _describe_agreement(fusion: FusionSummary) -> Iterator[str]:
         return
     first, none = fusion.cells[0], estimate_unsupported(fusion)
     is_pair = len(fusion.modalities) == 2
-    who, nobody = ("Both modalities support", "neither does") if is_pair else ("All modalities support", "none does")
-    said = f"{who} {percent(first.share.mean, 0)} of the predictions"
+    who, nobody = ("both modalities support", "neither does") if is_pair else ("all modalities support", "none does")
+    said = f"{who} {percent(first.share.mean, 0)} of its predictions"
+    right = percent(first.accuracy.mean, 0), percent(none.mean, 0)
     if not math.isfinite(first.accuracy.low):
-        yield f"{said}."
+        yield said
     elif not math.isfinite(none.low):
-        yield f"{said} and {percent(first.accuracy.mean, 0)} of these are right."
+        yield f"{said}, right for {right[0]} of these (too few where {nobody} to compare)"
     elif first.accuracy.low > none.high:
-        right = percent(first.accuracy.mean, 0), percent(none.mean, 0)
-        yield f"{said} and {right[0]} of these are right, {right[1]} where {nobody}."
+        yield f"{said}, right for {right[0]} of these, against {right[1]} where {nobody}"
     else:
-        right = percent(first.accuracy.mean, 0), percent(none.mean, 0)
-        yield f"{said}; accuracy is not clearly lower where {nobody} ({right[1]} against {right[0]})."
+        yield f"{said}; accuracy is not clearly lower where {nobody} ({right[1]} against {right[0]})"
 
 
 def _find_warnings(fusion: FusionSummary) -> Iterator[str]:
@@ -144,6 +147,14 @@ def _find_warnings(fusion: FusionSummary) -> Iterator[str]:
             f"The model is right for {percent(model.mean, 0)} of the samples, not clearly more than the largest class "
             f"has ({percent(largest, 0)}): train it longer before you read the rest."
         )
+    has_labels = bool((fusion.target >= 0).any())
+    few = {
+        name: why
+        for name, why in fusion.probe_problems.items()
+        if has_labels and math.isnan(fusion.estimate(f"right/{name}").low)
+    }
+    for why, names in by_reason(few).items():
+        yield f"No linear probe on {_join([*map(name_modality, names)])}: {why}."
     joint = fusion.estimate(f"right/{JOINT}").mean
     for name in fusion.modalities:
         if unused(fusion, name) == 1:
@@ -162,6 +173,7 @@ def list_probes(fusion: FusionSummary) -> str:
         reasons = list(dict.fromkeys(fusion.probe_problems.values()))
         return _not_computed(reasons[0] if reasons else "these samples have no labels that are classes")
     found = [f"{'joint' if name == JOINT else name_modality(name)} {_brief(one)}" for name, one in known.items()]
+    found += [f"model {_brief(fusion.estimate('correct'))}"] if fusion.has_outcomes else []
     largest = fusion.largest_class
     found += [f"largest class {percent(largest, 0)}"] if math.isfinite(largest) else []
     return ", ".join(found)
@@ -173,7 +185,7 @@ def list_shares(fusion: FusionSummary) -> str:
         return _not_computed(fusion.contribution_problem)
     if fusion.is_regression:
         sizes = {name: fusion.size(name) for name in fusion.modalities}
-        return ", ".join(f"{name_modality(name)} {format_estimate(size)}" for name, size in sizes.items())
+        return ", ".join(f"{name_modality(name)} {_brief_size(size)}" for name, size in sizes.items())
     shares = {name: fusion.share(name) for name in fusion.modalities}
     if not any(math.isfinite(one.mean) for one in shares.values()):
         return _not_computed("the contributions do not clearly add up to more than 0")
@@ -193,7 +205,7 @@ def list_support(fusion: FusionSummary) -> str:
         "neither" if is_pair else "none": (none, estimate_unsupported(fusion)),
     }
     return ", ".join(
-        f"{name} {percent(share.mean, 0)}" + (f" (accuracy {_brief(right)})" if math.isfinite(right.low) else "")
+        f"{name} {_brief(share)}" + (f" (accuracy {_brief(right)})" if math.isfinite(right.low) else "")
         for name, (share, right) in rows.items()
     )
 
@@ -206,8 +218,20 @@ def _brief(one: Estimate) -> str:
     return f"{percent(one.mean, 0)}{interval}"
 
 
+def _brief_size(one: Estimate) -> str:
+    """As ``0.97 [0.84 to 1.10]``."""
+    if math.isnan(one.mean):
+        return "undefined"
+    return decimal(one.mean) + ("" if math.isnan(one.low) else f" [{say_interval(one.low, one.high, 2)}]")
+
+
+def _explain_bracket(text: str) -> str:
+    """The same with what brackets are in the first one."""
+    return text.replace("[", "[95 % CI ", 1)
+
+
 def _not_computed(reason: str) -> str:
-    return f"not computed: {reason}"
+    return f"not computed: {reason.removeprefix('it ')}"
 
 
 def _join(parts: Sequence[str]) -> str:
