@@ -13,11 +13,11 @@ from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import escaped_in_json
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, Results
 from lightning_xattn.report.batch import PER_SAMPLE, describe_batch
-from lightning_xattn.report.dataset import describe_dataset
-from lightning_xattn.report.document import as_markdown, print_markdown
+from lightning_xattn.report.dataset import describe_dataset, describe_page
+from lightning_xattn.report.document import Picture, as_markdown, print_markdown
 from lightning_xattn.report.facts import collect_facts
-from lightning_xattn.report.page import Picture, as_page
-from lightning_xattn.report.samples import list_batch, list_dataset
+from lightning_xattn.report.page import as_page
+from lightning_xattn.report.samples import find_limits, list_batch, list_dataset, maps_of_batch, maps_of_dataset
 
 FORMATS = {".md": "markdown", ".json": "json", ".html": "html"}
 """The format of a file by its suffix."""
@@ -100,8 +100,8 @@ def _page_of_batch(results: ExplainedBatch | dict[str, Any], pictures: Mapping[s
     document = describe_batch(results)
     # The samples stand in a list of their own.
     whole = replace(document, sections=[one for one in document.sections if one.title != PER_SAMPLE])
-    samples = list(list_batch(results, pictures))
-    return as_page(whole, [], samples, "" if samples else "No samples.")
+    samples, scale = list(list_batch(results, pictures)), find_limits(maps_of_batch(results).values())
+    return as_page(whole, samples, notes=[] if samples else ["No samples."], scale=scale)
 
 
 def _page_of_dataset(result: DatasetResult, pictures: Mapping[str, Sequence[Path]]) -> str:
@@ -109,17 +109,18 @@ def _page_of_dataset(result: DatasetResult, pictures: Mapping[str, Sequence[Path
     from lightning_xattn.report.figures import dataset_figures
     from lightning_xattn.visualizations import svg_picture
 
-    figures = [
-        Picture(" ".join(figure.get_suptitle().split()), svg_picture(figure), "svg+xml", is_captioned=False)
-        for _, figure in dataset_figures(result)
-    ]
-    samples = list(list_dataset(result, pictures))
+    figures = {
+        name: Picture(" ".join(figure.get_suptitle().split()), svg_picture(figure), "svg+xml", is_captioned=False)
+        for name, figure in dataset_figures(result)
+    }
+    card = figures.pop("card" if "card" in figures else "attention", None)
+    samples, scale = list(list_dataset(result, pictures)), find_limits(maps_of_dataset(result))
     known = max([0, *(one.samples for one in [result.fusion, *result.summaries.values()] if one is not None)])
-    note = "" if samples else NO_SAMPLES
+    notes = [] if samples else [NO_SAMPLES]
     if 0 < len(samples) < known:
         note = f"{len(samples)} of {known} samples, those with maps among them."
-        note += "" if result.table is None else " The others are in the table."
-    return as_page(describe_dataset(result), figures, samples, note)
+        notes.append(note if result.table is None else f"{note} The others are in the table.")
+    return as_page(describe_page(result, figures), samples, card=card, notes=notes, scale=scale)
 
 
 def _choose_format(path: Path | None, given: str | None) -> str:

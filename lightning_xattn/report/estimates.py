@@ -20,6 +20,15 @@ GROUPED_BY = {"target": "true class", "prediction": "predicted class", None: "cl
 
 NOT_SHOWN = "not shown to detect errors"
 
+_DETECTION = (
+    "AUROC: how well a score detects errors, that is, the chance that of an incorrect and a correct prediction the "
+    "incorrect one has the lower score, or the higher one where a high score is the sign of an error. 0.5 is chance; "
+    "below 0.5 the score points the other way.",
+    "Gap: the mean over correct minus that over incorrect predictions. The gap within classes is averaged over the "
+    "classes with both outcomes: classes differ in accuracy and in attention, and that alone makes a gap. The entropy "
+    "that is compared is the mean of the directions.",
+)
+
 
 @dataclass(frozen=True)
 class Subset:
@@ -141,7 +150,7 @@ def compare_outcomes(compared: Mapping[str, Comparison], noun: str | None) -> tu
     count = f"({noun})" if noun else ""
     sizes = f"correct {count}".strip(), f"incorrect {count}".strip()
     header = "sign of an error", *sizes, "AUROC", "gap", "gap within classes"
-    return Table(header, rows), Items(verdicts)
+    return Table(header, rows, _DETECTION), Items(verdicts)
 
 
 def describe_detection(one: Comparison) -> str:

@@ -34,15 +34,10 @@ HOW_TO_READ_ATTENTION = (
     "right prediction. Agreement (alignment) is the correlation of the two directions' maps, averaged over heads, from "
     "-1 to 1, with 0 for unrelated maps. Entropy is 0 where all attention is on one key and 1 where it is uniform."
 )
-HOW_TO_READ_LAYER = (
+_NULL = (
     "The alignment between different samples correlates one direction of a sample with the other direction of another, "
     "averaged over all such pairs. It is near 0 where the maps of two samples are unrelated, and well above 0 where "
-    "the model attends the same way in every sample. The mean alignment minus this is specific to the sample.",
-    "The AUROC is how well a score detects errors: the chance that of an incorrect and a correct prediction the "
-    "incorrect one has the lower score, or the higher one where a high score is the sign of an error. 0.5 is chance; "
-    "below 0.5 the score points the other way. The gap is the mean over correct minus that over incorrect predictions. "
-    "The gap within classes is averaged over the classes with both outcomes: classes differ in accuracy and in "
-    "attention, and that alone makes a gap. The compared entropy is the mean of the directions.",
+    "the model attends the same way in every sample. The mean alignment minus this is specific to the sample."
 )
 
 _ACCURACY = {"target": "accuracy (recall)", "prediction": "accuracy (precision)", None: "accuracy"}
@@ -76,7 +71,7 @@ def describe_layer(
         for one in subsets
     ]
     rows = [_table_row(tabulated, *row) for row in zip(subsets, estimates, strict=True)]
-    yield Table((title, size, accuracy, *columns.values()), rows)
+    yield Table((title, size, accuracy, *columns.values()), rows, [HOW_TO_READ_ATTENTION, _NULL])
     yield explain_brackets(summary.group_noun)
     intervals = sum(not math.isnan(one.low) for row in estimates for one in row)
     if has_classes and intervals:

@@ -29,32 +29,31 @@ from lightning_xattn.report.key_points import describe_limits, shown_scores
 LISTED = 20
 """How many samples that saved probes read are listed at most."""
 
-HOW_TO_READ_MODALITIES = (
-    "Probe: a linear probe predicts the class from the pooled output of one modality's encoder, the joint probe from "
-    "those of all modalities. No probe has seen the sample that it predicts, nor any other of its group. What a linear "
-    "probe of pooled features cannot see, the model may still use.",
-    "Support: a modality supports a prediction if its probe predicts the same class. Where none does, the probes may "
-    "agree with each other or differ. The calibration gap is the accuracy minus the mean confidence: below 0, the "
-    "model is too confident. Probes are fitted on labels of this evaluation: part of what support adds is what a "
-    "better classifier would add.",
-    "Contribution: the part of the predicted class's probability that a modality contributes (Shapley value), which is "
+_PROBE = (
+    "Probe accuracy: how often a linear probe on the pooled output of one modality's encoder predicts the true class; "
+    "the joint probe has those of all modalities. No probe was fitted on the sample that it predicts, nor on another "
+    "of its group. The model may also use what a linear probe of pooled features cannot detect."
+)
+_CONTRIBUTION = (
+    "Contribution: the part of the predicted class's probability that a modality contributes (Shapley value). It is "
     "what changes when the modality is permuted, that is, replaced by that of another sample. A contribution below 0 "
-    "opposes the prediction. A share below 0 or above 100 % means the same of many predictions. "
-    "A main modality is named only where the 95 % CI of its share lies above two thirds.",
+    "opposes the prediction; a share below 0 or above 100 % means the same of many predictions."
+)
+_SUPPORT = (
+    "Support: a modality supports a prediction if its probe predicts the same class. Where none does, the probes may "
+    "agree with each other or differ. Probes are fitted on labels of this evaluation: part of what support adds is "
+    "what a better classifier would add.",
+    "Calibration gap: the accuracy minus the mean confidence. Below 0, the model is too confident.",
+)
+_FAITHFULNESS = (
     "Faithfulness: how much more it costs to replace the most attended tokens than the least attended ones, divided "
     "by the cost of replacing all. 1: the prediction depends on the most attended tokens alone; 0: a random order. "
-    "The reference is the order by signed gradient x attention.",
+    "The reference is the order by signed gradient x attention."
 )
 
 
-def describe_fusion(
-    fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None, largest: Sequence[int] | None = None
-) -> Iterator[Block]:
-    """Counts, a table of the modalities, one by class and outcome, and lists of what concerns all samples.
-
-    ``classes_by``: whether classes are those of the "target" or of the "prediction"; None: not known.
-    ``largest``: the classes that have rows of their own; None: all.
-    """
+def describe_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> Iterator[Block]:
+    """Counts, a table of the modalities, and lists of what concerns all samples."""
     noun = fusion.group_noun
     size = f"{fusion.samples} of {fusion.known_groups} {noun}" if noun else str(fusion.samples)
     counts: list[Item] = [("Samples", size, ()), ("Modalities", ", ".join(fusion.sources), ())]
@@ -81,11 +80,7 @@ def describe_fusion(
         yield Paragraph(f"Contributions not computed: {fusion.contribution_problem}.")
     if fusion.support_problem:
         yield Paragraph(f"Support not computed: {fusion.support_problem}.")
-    yield from _tabulate_cells(fusion)
-    if largest is None:
-        yield from _tabulate_subsets(fusion, class_names, classes_by)
-    else:
-        yield from _tabulate_subsets(fusion.merge_classes(largest), merge_names(class_names, largest), classes_by)
+    yield from tabulate_cells(fusion)
     if whole := list(_describe_whole(fusion)):
         yield Items(whole, "Over all samples")
     if fusion.saved is not None:
@@ -126,14 +121,16 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
     rows = [(name_modality(name), *(cell(name) for cell in columns.values())) for name in fusion.modalities]
     joint = [columns[one](JOINT) if one in of_probes else "" for one in columns]
     model = [format_percent(fusion.estimate("correct")), *[""] * (len(columns) - 1)]
-    return Table(("modality", *columns), [*rows, ("joint probe", *joint), ("the model itself", *model)])
+    notes = [_PROBE] if fusion.contribution_problem else [_PROBE, _CONTRIBUTION]
+    return Table(("modality", *columns), [*rows, ("joint probe", *joint), ("the model itself", *model)], notes)
 
 
 def _say(words: Callable[[float], str], value: float) -> str:
     return "undefined" if math.isnan(value) else words(value)
 
 
-def _tabulate_cells(fusion: FusionSummary) -> Iterator[Block]:
+def tabulate_cells(fusion: FusionSummary) -> Iterator[Block]:
+    """A table of the cells of support, one of the cells of whose probe is right, and what stands out in them."""
     noun = f" ({fusion.group_noun})" if fusion.group_noun else ""
     columns: dict[str, Callable[[Cell], str]] = {
         f"samples{noun}": lambda cell: f"{cell.samples}" if cell.groups is None else f"{cell.samples} ({cell.groups})",
@@ -154,7 +151,7 @@ def _tabulate_cells(fusion: FusionSummary) -> Iterator[Block]:
         if cells:
             rows = [(cell.name, *(columns[one](cell) for one in wanted)) for cell in cells]
             heads = [f"the model's {one}" if one == "accuracy" else one for one in wanted]
-            yield Table((title, *heads), rows)
+            yield Table((title, *heads), rows, _SUPPORT if cells is fusion.cells else ())
             yield from _describe_overruled(filter(overrules, cells))
 
 
@@ -180,10 +177,19 @@ def _tabulate_faithfulness(fusion: FusionSummary) -> Table:
                 format_estimate(fusion.estimate(f"cost/{direction}")),
             )
         )
-    return Table(("replaced keys", "faithfulness", "of the reference", "cost of replacing all"), rows)
+    return Table(("replaced keys", "faithfulness", "of the reference", "cost of replacing all"), rows, [_FAITHFULNESS])
 
 
-def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Block]:
+def describe_classes(
+    fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None, largest: Sequence[int] | None = None
+) -> Iterator[Block]:
+    """A table of support and shares by class and outcome; empty where neither is computed.
+
+    ``classes_by``: whether classes are those of the "target" or of the "prediction"; None: not known.
+    ``largest``: the classes that have rows of their own; None: all.
+    """
+    if largest is not None:
+        fusion, class_names = fusion.merge_classes(largest), merge_names(class_names, largest)
     subsets, names = list_subsets(class_names, fusion.has_outcomes), fusion.modalities
     columns: dict[str, list[Estimate]] = {}
     if not fusion.support_problem:

@@ -1,5 +1,5 @@
 "use strict";
-// Filters and sorts the samples. Without it the page shows all of them, in the order of the data.
+// Filters and sorts the samples. Without it the page shows all of them, the lowest support first.
 (() => {
   const form = document.querySelector("#choose");
   if (!form) return;
@@ -13,7 +13,7 @@
     for (const sample of samples) {
       const fits =
         ["true", "outcome"].every((name) => {
-          const wanted = form.elements[name].value;
+          const wanted = form.elements[name]?.value;
           return !wanted || sample.dataset[name] === wanted;
         }) &&
         (!words || sample.dataset.name.toLowerCase().includes(words));
@@ -35,4 +35,30 @@
   form.addEventListener("submit", (event) => event.preventDefault());
   form.hidden = false;
   update();
+})();
+// A link leads into a folded part, paper has no folds, and what is cut off says that it scrolls.
+(() => {
+  const parts = [...document.querySelectorAll(".part")];
+  const open = () => {
+    const part = parts.find((one) => `#${one.id}` === location.hash);
+    if (part) part.open = true;
+  };
+  window.addEventListener("hashchange", open);
+  document.querySelector("nav").addEventListener("click", (event) => {
+    const part = parts.find((one) => `#${one.id}` === event.target.getAttribute("href"));
+    if (part) part.open = true;
+  });
+  open();
+  let closed = [];
+  window.addEventListener("beforeprint", () => {
+    closed = parts.filter((one) => !one.open);
+    for (const one of closed) one.open = true;
+  });
+  window.addEventListener("afterprint", () => {
+    for (const one of closed) one.open = false;
+  });
+  const watch = new ResizeObserver((all) => {
+    for (const { target } of all) target.classList.toggle("cut", target.scrollWidth > target.clientWidth + 1);
+  });
+  for (const one of document.querySelectorAll(".wide")) watch.observe(one);
 })();

@@ -124,16 +124,18 @@ def svg_picture(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def map_picture(values: NDArray[np.float32]) -> bytes:
-    """A map ``(rows, columns)`` as PNG, a pixel a cell, the largest value yellow; undefined is transparent.
+def map_picture(values: NDArray[np.float32], limits: tuple[float, float]) -> bytes:
+    """A map ``(rows, columns)`` as PNG, a pixel a cell; undefined is transparent.
+
+    ``limits``: the values of the darkest and the brightest colour; those beyond have these colours.
 
     Examples
     --------
-    >>> map_picture(torch.rand(9, 12).numpy())[1:4]
+    >>> map_picture(torch.rand(9, 12).numpy(), (0.0, 1.0))[1:4]
     b'PNG'
     """
     known = np.isfinite(values)
-    low, high = (values[known].min(), values[known].max()) if known.any() else (0.0, 1.0)
+    low, high = limits
     pixels = COLOURS((np.where(known, values, low) - low) / max(high - low, 1e-12), bytes=True)
     pixels[..., 3] = np.where(known, 255, 0)
     content = io.BytesIO()
