@@ -14,9 +14,9 @@ from lightning_xattn.core.names import escaped_in_json
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, Results
 from lightning_xattn.report.batch import PER_SAMPLE, describe_batch
 from lightning_xattn.report.dataset import describe_dataset, describe_page
-from lightning_xattn.report.document import Picture, as_markdown, print_markdown
+from lightning_xattn.report.document import Paragraph, Picture, Section, as_markdown, print_markdown
 from lightning_xattn.report.facts import collect_facts
-from lightning_xattn.report.page import as_page
+from lightning_xattn.report.page import as_page, describe_order
 from lightning_xattn.report.samples import find_limits, list_batch, list_dataset, maps_of_batch, maps_of_dataset
 
 FORMATS = {".md": "markdown", ".json": "json", ".html": "html"}
@@ -98,10 +98,14 @@ def print_report(results: Results) -> None:
 
 def _page_of_batch(results: ExplainedBatch | dict[str, Any], pictures: Mapping[str, Sequence[Path]]) -> str:
     document = describe_batch(results)
+    samples = list(list_batch(results, pictures))
+    about = describe_order(samples)
     # The samples stand in a list of their own.
-    whole = replace(document, sections=[one for one in document.sections if one.title != PER_SAMPLE])
-    samples, scale = list(list_batch(results, pictures)), find_limits(maps_of_batch(results).values())
-    return as_page(whole, samples, notes=[] if samples else ["No samples."], scale=scale)
+    sections = [
+        Section(PER_SAMPLE, [], about, has_samples=True) if one.title == PER_SAMPLE else one
+        for one in document.sections
+    ]
+    return as_page(replace(document, sections=sections), samples, scale=find_limits(maps_of_batch(results).values()))
 
 
 def _page_of_dataset(result: DatasetResult, pictures: Mapping[str, Sequence[Path]]) -> str:
@@ -114,13 +118,15 @@ def _page_of_dataset(result: DatasetResult, pictures: Mapping[str, Sequence[Path
         for name, figure in dataset_figures(result)
     }
     card = figures.pop("card" if "card" in figures else "attention", None)
-    samples, scale = list(list_dataset(result, pictures)), find_limits(maps_of_dataset(result))
+    samples = list(list_dataset(result, pictures))
     known = max([0, *(one.samples for one in [result.fusion, *result.summaries.values()] if one is not None)])
     notes = [] if samples else [NO_SAMPLES]
     if 0 < len(samples) < known:
         note = f"{len(samples)} of {known} samples, those with maps among them."
         notes.append(note if result.table is None else f"{note} The others are in the table.")
-    return as_page(describe_page(result, figures), samples, card=card, notes=notes, scale=scale)
+    listed = Section("Samples", [*map(Paragraph, notes)], describe_order(samples), has_samples=True)
+    document = describe_page(result, figures, listed)
+    return as_page(document, samples, card=card, scale=find_limits(maps_of_dataset(result)))
 
 
 def _choose_format(path: Path | None, given: str | None) -> str:

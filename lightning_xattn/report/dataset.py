@@ -15,6 +15,9 @@ from lightning_xattn.report.modalities import describe_classes, describe_fusion,
 
 TITLE = "Cross-modal attention report"
 
+_FIRST = ("Samples", "Training")
+"""The key points that stand at the top of a page."""
+
 LISTED_CLASSES = 100
 """Of more classes, so many of the largest have rows of their own, and all others one."""
 
@@ -29,10 +32,11 @@ def describe_dataset(result: DatasetResult) -> Document:
     return Document(TITLE, [*sections, _explain(result)])
 
 
-def describe_page(result: DatasetResult, figures: Mapping[str, Picture]) -> Document:
+def describe_page(result: DatasetResult, figures: Mapping[str, Picture], samples: Section) -> Document:
     """The same for a page: the headline first; then the attention, classes and all else, each with its figures.
 
-    ``figures``: by their names, those of ``dataset_figures`` without the one beside the headline.
+    ``figures``: by their names, those of ``dataset_figures`` without the one beside the headline. ``samples``: the
+    section that lists them.
     """
     figures, fusion = dict(figures), result.fusion
     whole = key_points(result)
@@ -42,29 +46,31 @@ def describe_page(result: DatasetResult, figures: Mapping[str, Picture]) -> Docu
     opening.append(Items([(name, text, [CAPTIONS[name]]) for name, text in found.numbers]))
     if fusion is not None:
         opening += [one for one in tabulate_cells(fusion) if isinstance(one, Table)][:1]
-    opening.append(Items([item for item in whole.items if item[0] in ("Samples", "Training")]))
+    opening.append(Items([item for item in whole.items if item[0] in _FIRST]))
 
     def take(*begin: str) -> list[Picture]:
         return [figures.pop(name) for name in list(figures) if name.startswith(begin)]
 
-    attention: list[Block] = [*take("attention")]
+    attention: list[Block] = [*take("attention", "map")]
     layers = [*_describe_layers(result)]
     for title, blocks in layers:
         attention += [*([Items((), title)] if len(layers) > 1 else []), *blocks]
     classes = [*take("contribution", "class_comparison"), *([] if fusion is None else _describe_classes(result))]
     rest = [] if fusion is None else [*describe_fusion(fusion, result.class_names)]
+    sentences = Items([item for item in whole.items if item[0] not in _FIRST], "In sentences")
     rest = [one for one in rest if one not in opening]
     sections = [
         Section("Attention", attention, "alignment and entropy by class and outcome, the mean maps"),
         Section("Classes", classes, f"support and shares by {GROUPED_BY[result.classes_by]} and outcome"),
+        samples,
         Section(
             "All other figures and numbers",
-            [Items(whole.items, "In sentences"), *rest, *figures.values()],
+            [sentences, *rest, *figures.values()],
             "key points, probes, contributions, faithfulness, heads",
         ),
         _explain(result),
     ]
-    return Document(TITLE, [Section("", opening), *(one for one in sections if one.blocks)])
+    return Document(TITLE, [Section("", opening), *(one for one in sections if one.blocks or one.has_samples)])
 
 
 def _describe_classes(result: DatasetResult) -> Iterator[Block]:

@@ -86,6 +86,8 @@ class Section:
     blocks: Sequence[Block]
     about: str = ""
     """What is in it, beside the title of a folded section."""
+    has_samples: bool = False
+    """Whether a page lists the samples below the blocks."""
 
 
 @dataclass(frozen=True)

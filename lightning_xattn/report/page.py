@@ -45,7 +45,6 @@ def as_page(
     samples: Sequence[SampleEntry],
     *,
     card: Picture | None = None,
-    notes: Sequence[str] = (),
     scale: tuple[float, float] | None = None,
 ) -> str:
     """The report as HTML.
@@ -53,40 +52,49 @@ def as_page(
     Parameters
     ----------
     document
-        The report. Its first section is open, the others are folded.
+        The report. Its first section is open, the others are folded; one of them has the samples.
     samples
         The samples to filter and to sort; the page lists the lowest support first, then the lowest confidence.
     card
         The picture beside the first section.
-    notes
-        What to know of the list of samples, or why there is none.
     scale
         The lifts of the darkest and the brightest colour of all maps; None without maps.
     """
     opening, *sections = document.sections
     whole = [one for name in NUMBERS for one in [f"{name} up", f"{name} down"] if _is_known(name, samples)]
     ends = {"up": "lowest first", "down": "highest first"}
-    orders = {"rank up": "support, then confidence"} | {"place up": "order of the data"}
+    first = [name for name in NUMBERS[:2] if _is_known(name, samples)]
+    orders = {"rank up": ", then ".join(first)} if first else {}
+    orders["place up"] = "order of the data"
     orders |= {one: f"{one.split()[0]}, {ends[one.split()[1]]}" for one in whole}
     numbers = [name for name in NUMBERS if _is_known(name, samples)]
     has = {name: _list_options(getattr(one, name) for one in samples) for name in ("true", "outcome", "supported_by")}
-    texts = ["minmax(7rem, 16rem)", *["minmax(5rem, 12rem)"] * (1 + bool(has["true"]))]
-    texts += ["5.5rem"] * bool(has["outcome"]) + ["11rem"] * bool(has["supported_by"])
+    classes = 1 + bool(has["true"])
+    fixed = [5.0] * bool(has["outcome"]) + [10.5] * bool(has["supported_by"]) + [6.0] * len(numbers)
+    columns = ["minmax(7rem, 2fr)", *["minmax(5rem, 1fr)"] * classes, *(f"{width}rem" for width in fixed)]
     return _PAGE.get_template("page.html.jinja").render(
         title=document.title,
         opening=opening,
         sections=sections,
         card=card,
         samples=sorted(samples, key=_rank),
-        notes=notes,
         scale=scale,
         numbers=numbers,
         has=has,
         orders=orders,
-        columns=" ".join([*texts, *["6rem"] * len(numbers)]),
+        columns=" ".join(columns),
+        width=8 + 5 * classes + sum(fixed) + len(columns),
         nan=math.nan,
         seen=[],
     )
+
+
+def describe_order(samples: Sequence[SampleEntry]) -> str:
+    """How many samples a page lists, and in which order."""
+    if not samples:
+        return "none listed"
+    known = [name for name in NUMBERS[:2] if _is_known(name, samples)]
+    return f"{len(samples)}" + (f", lowest {' and '.join(known)} first" if known else "")
 
 
 def _rank(one: SampleEntry) -> tuple[float, float, int]:
@@ -124,6 +132,7 @@ def _finalize(value: Any) -> Any:
 
 _PAGE = Environment(**TEMPLATES, autoescape=True, finalize=_finalize)
 _PAGE.filters |= {
+    "unbroken": lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%"),
     "base64": lambda content: Markup(base64.b64encode(content).decode()),
     "groupby_run": _group_pictures,
     "decimal": lambda value: decimal(value) if math.isfinite(value) else "",

@@ -49,7 +49,7 @@ def report(result):
 
 @pytest.fixture(scope="module")
 def tables(report):
-    of_fusion = "modalities", "faithfulness", "cells", "right", "subsets", "scores of the fusion"
+    of_fusion = "modalities", "faithfulness", "cells", "right", "scores of the fusion", "subsets"
     return dict(zip([*of_fusion, "layer", "scores of the layer"], tables_of(report), strict=True))
 
 
@@ -205,7 +205,7 @@ def test_interactions_are_signed_and_named_and_problems_are_listed_together(resu
 def test_of_many_classes_the_largest_have_rows_and_the_others_one(result, tables, members, monkeypatch):
     monkeypatch.setattr("lightning_xattn.report.dataset.LISTED_CLASSES", 2)
     report = create_explainability_report(result)
-    of_fusion = "modalities", "faithfulness", "cells", "right", "subsets", "scores of the fusion"
+    of_fusion = "modalities", "faithfulness", "cells", "right", "scores of the fusion", "subsets"
     found = dict(zip([*of_fusion, "layer", "scores of the layer"], tables_of(report), strict=True))
     largest = [CLASSES[c] for c in result.largest_classes(2)]
     assert largest == sorted(sorted(CLASSES, key=lambda name: -int(members[name].sum()))[:2])
