@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from lightning_xattn.evaluation.results import REST, DatasetResult
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
@@ -85,7 +85,7 @@ def _describe_layers(result: DatasetResult) -> Iterator[tuple[str, list[Block]]]
         yield title, [*describe_layer(summary, result.class_names, result.classes_by, others, _find_largest(result))]
 
 
-def _find_largest(result: DatasetResult) -> list[int] | None:
+def _find_largest(result: DatasetResult) -> Sequence[int] | None:
     """The classes that have rows of their own; None: all."""
     many = len(result.class_names) > LISTED_CLASSES + 1
     return result.largest_classes(LISTED_CLASSES) if many else None

@@ -75,42 +75,64 @@ def test_a_page_fits_and_whatever_a_name_holds_is_text(browser, report, name):
         assert page.title() == "Cross-modal attention report"
         assert page.locator("script").count() == 1
         assert page.locator("#samples b").count() == 0
+        page.locator("nav a[href='#samples']").click()
         assert EVIL[0] in page.locator("#samples").inner_text()
         assert "http" not in json.dumps(page.evaluate("performance.getEntriesByType('resource').map(r => r.name)"))
         for scheme, width, expected in (("light", 320, "rgb(255, 255, 255)"), ("dark", 1600, "rgb(14, 17, 22)")):
             page.emulate_media(color_scheme=scheme)
             page.set_viewport_size({"width": width, "height": 900})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            for is_open in ("true", "false"):
+                page.evaluate(f"document.querySelectorAll('.part').forEach(one => {{ one.open = {is_open}; }})")
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate("getComputedStyle(document.body).backgroundColor") == expected
 
 
 @pytest.mark.parametrize("name", ["report", "batch"])
 def test_samples_are_filtered_sorted_and_opened_by_keyboard(browser, report, name):
     with page_of(browser, (report / f"{name}.html").as_uri()) as page:
-        everything = page.locator("details:visible").count()
+        assert page.locator(".sample:visible").count() == 0, "the list is folded"
+        page.locator("nav a[href='#samples']").click()
+        everything = page.locator(".sample:visible").count()
         assert everything == {"report": 60, "batch": 20}[name]
         page.select_option("#outcome", "correct")
-        correct = page.locator("details:visible").count()
+        correct = page.locator(".sample:visible").count()
         assert 0 < correct < everything
         assert page.locator("#shown").inner_text() == f"{correct} of {everything} samples"
         page.select_option("#outcome", "")
         page.select_option("#true", EVIL[1])
-        assert 0 < page.locator("details:visible").count() < everything
+        assert 0 < page.locator(".sample:visible").count() < everything
         page.locator("button[type=reset]").click()
         page.wait_for_function(f"document.querySelector('#shown').textContent.startsWith('{everything} of')")
         for way, sign in (("confidence down", -1), ("confidence up", 1)):
             page.select_option("#order", way)
-            numbers = page.eval_on_selector_all("details", "all => all.map(one => Number(one.dataset.confidence))")
+            numbers = page.eval_on_selector_all(".sample", "all => all.map(one => Number(one.dataset.confidence))")
             assert numbers == sorted(numbers, key=lambda x: sign * x)
         page.fill("#words", "<b>7<")
-        assert page.locator("details:visible").count() == {"report": 3, "batch": 1}[name]
-        page.locator("details:visible summary").first.focus()
+        assert page.locator(".sample:visible").count() == {"report": 3, "batch": 1}[name]
+        page.locator("details.sample:visible summary").first.focus()
         page.keyboard.press("Enter")
-        assert page.locator("details[open]").count() == 1
+        assert page.locator("details.sample[open]").count() == 1
         # All that can be reached has a name that is read aloud.
         unnamed = "all => all.filter(one => !one.labels.length).length"
         assert page.eval_on_selector_all("select, input", unnamed) == 0
         assert page.eval_on_selector_all("img", "all => all.filter(one => !one.alt).length") == 0
+
+
+def test_folded_parts_are_open_on_paper_and_cut_tables_say_that_they_scroll(browser, report):
+    with page_of(browser, (report / "report.html").as_uri()) as page:
+        closed = page.locator(".part:not([open])").count()
+        assert closed == page.locator(".part").count() > 3
+        page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        assert page.locator(".part:not([open])").count() == 0
+        page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+        assert page.locator(".part:not([open])").count() == closed
+        page.set_viewport_size({"width": 375, "height": 812})
+        page.locator("nav a[href='#samples']").click()
+        page.wait_for_selector("#samples .wide.cut")
+        hint = "getComputedStyle(document.querySelector('#samples .wide'), '::before').content"
+        assert "Scroll sideways" in page.evaluate(hint)
+        page.set_viewport_size({"width": 1280, "height": 800})
+        page.wait_for_selector("#samples .wide:not(.cut)")
 
 
 def test_tensorboard_shows_pictures(browser, tmp_path):

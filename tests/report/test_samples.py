@@ -120,7 +120,7 @@ def test_samples_of_a_batch(pictures):
             with Image.open(io.BytesIO(drawn.content)) as opened:
                 brightness = np.asarray(opened.convert("RGB")).astype(int).sum(-1)
             assert brightness.shape == (5, 7)
-            assert brightness[np.unravel_index(lying.argmax(), (5, 7))] == brightness.max()
+            assert brightness[np.unravel_index(int(lying.argmax()), (5, 7))] == brightness.max()
     assert sizes_of(entries) == SHRUNK
 
 
