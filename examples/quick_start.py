@@ -1,8 +1,8 @@
-"""A quick start: images and captions that mostly name the same thing, and errors where they differ.
+"""A planted task, without any download: images and captions that mostly name the same thing.
 
-The data are simulated: an image shows one of four things, a caption names one, and in three of ten samples they differ.
-The label is then that of either one, at random, so no model can predict it. Watch the accuracy
-where both modalities support the prediction, and where only one does::
+The data are simulated. An image shows one of four things, a caption names one, and in three of ten samples they differ.
+The label is then that of either one, at random, so no model can predict it. So the truth is known: both modalities
+predict the label equally well, and the model is wrong where they disagree. Compare the card with it::
 
     python examples/quick_start.py && tensorboard --logdir quick_start
 """
@@ -80,6 +80,8 @@ if __name__ == "__main__":
         accelerator="cpu",
         logger=TensorBoardLogger("quick_start", name="", default_hp_metric=False),
         callbacks=[AttentionExplainabilityCallback()],
+        log_every_n_steps=30,
+        enable_progress_bar=False,
     )
     trainer.fit(
         Matching(),

@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser(
         "demo",
         help="train the reference EEG and spectrogram model with the callback attached",
-        description="Simulate recordings, train the reference model with AttentionExplainabilityCallback attached, "
-        "test it, and write TensorBoard logs, PNG figures and a report.",
+        description="Simulate EEG recordings, train the reference model with AttentionExplainabilityCallback attached, "
+        "test it on recordings whose truth is known, and write TensorBoard logs and a report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--data", metavar="DIR", help="recordings in the layout of the HMS competition")
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="with --data: train on simulated recordings and test on DIR, or train and test on DIR",
     )
     demo.add_argument("--out", metavar="DIR", default="xattn-demo", help="folder for all results")
-    demo.add_argument("--samples", type=int, default=480, help="number of recordings to simulate")
-    demo.add_argument("--epochs", type=int, default=10, help="number of epochs")
+    demo.add_argument("--samples", type=int, default=160, help="number of recordings to simulate for training")
+    demo.add_argument("--epochs", type=int, default=12, help="number of epochs")
     demo.add_argument("--seed", type=int, default=0, help="seed of the simulation, the folds and the weights")
     explain = commands.add_parser(
         "explain",
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
-        with printed_times(), _quiet(command):
+        with printed_times(), _quiet():
             if command == "demo":
                 from lightning_xattn.hms.demo import run_demo
 
@@ -86,26 +86,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _quiet(command: str) -> Iterator[None]:
-    """Silence messages of Lightning and torch that are for programmers; of a demo also ours, which its report has."""
-    # Imported first, as they set the levels of their loggers.
-    import pytorch_lightning  # noqa: F401
+def _quiet() -> Iterator[None]:
+    """Silence messages of Lightning and torch that are for programmers."""
+    import pytorch_lightning  # noqa: F401  # imported first, as it sets the level of its logger
 
-    import lightning_xattn.core.notices  # noqa: F401
-
-    names = ["pytorch_lightning", *(["lightning_xattn"] if command == "demo" else [])]
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             # By module, so that our own warnings are shown.
             warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning[._](?!xattn)|lightning_fabric|torch")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(level)
 
 
 def _explain(
