@@ -1,6 +1,7 @@
 """Draw what a low and a high value of each number look like: ``python docs/make_pictures.py`` writes docs/images/*.svg.
 
-The pictures show made-up data; the package's own functions compute their numbers.
+The pictures show made-up data; the package's own functions compute their numbers. ``python docs/make_pictures.py LOGS``
+takes docs/images/card.png from the test that ``examples/watch.py`` logged in the folder LOGS.
 """
 
 from __future__ import annotations
@@ -339,7 +340,18 @@ def make_picture(name: str, folder: Path) -> Drawn:
     return drawn
 
 
+def save_card(logs: Path, file: Path) -> None:
+    """Write the card of a run's test to a file, as TensorBoard shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(logs), size_guidance={"images": 0}).Reload()
+    file.write_bytes(events.Images("xattn_card_test/test/1_modalities")[-1].encoded_image_string)
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images"
-    for name in PICTURES:
-        print(name, *(f"{value:.2f}" for value in make_picture(name, folder)))
+    folder = Path(__file__).parent / "images"
+    if len(sys.argv) > 1:
+        save_card(Path(sys.argv[1]), folder / "card.png")
+    else:
+        for name in PICTURES:
+            print(name, *(f"{value:.2f}" for value in make_picture(name, folder)))

@@ -1,7 +1,7 @@
 """Real data: which exercise is it, by the accelerometer and the gyroscope of a smartwatch?
 
 Ten people did seven shoulder exercises with each arm (Burns et al. 2018, https://arxiv.org/abs/1802.01489; the
-recordings come with seglearn). The model trains on three people and is tested on the other seven, in less than a minute::
+recordings come with seglearn). The model trains on three people and is tested on the other seven::
 
     pip install -e ".[examples]" && python examples/watch.py && tensorboard --logdir watch
 """

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_xattn import ExplainabilityCapture
 from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule
@@ -78,3 +79,28 @@ def test_explain_own_model(run, tmp_path):
     assert "rain" in printed
     assert (tmp_path / "report.md").exists()
     assert shades_of(read_picture(tmp_path / "alignment.png")) > 50
+
+
+def test_watch_tests_on_people_it_was_not_trained_on():
+    pytest.importorskip("seglearn")
+    example = runpy.run_path(str(EXAMPLES / "watch.py"))
+    people = {
+        part: {subject for *_, subject in example["make_loader"](part).dataset} for part in ("train", "val", "test")
+    }
+    assert people["train"] == people["val"] == example["TRAINING_SUBJECTS"]
+    assert people["train"].isdisjoint(people["test"])
+    assert len(people["train"] | people["test"]) == 10
+
+
+def test_watch_ends_with_the_summary_and_a_card(run, tmp_path, monkeypatch):
+    pytest.importorskip("seglearn")
+    monkeypatch.chdir(tmp_path)
+    run("watch.py")
+    events = EventAccumulator("watch/version_0", size_guidance={"images": 0}).Reload()
+    assert sorted(events.Tags()["images"])[0] == "xattn_card/val/1_modalities"
+    assert "xattn_card_test/test/1_modalities" in events.Tags()["images"]
+    shares = [
+        events.Scalars(f"xattn_contribution/test/share/{sensor}")[-1].value for sensor in ("accelerometer", "gyroscope")
+    ]
+    assert sum(shares) == pytest.approx(1, abs=1e-4)
+    assert Path("watch/version_0/xattn_about/test/report.html").exists()
