@@ -44,7 +44,7 @@ def test_the_terminal_ends_with_the_scores_and_the_logs_hold_the_cards(tmp_path,
     events = read_events(logs / "train_on_simulated")
     for name in ("all", "correct", "incorrect"):
         assert len(events.Scalars(f"xattn_alignment/val/{name}")) == 3
-    assert len(events.Images("xattn_card/val/1_modalities")) == 3
+    assert not events.Tags()["images"], "the test draws the same recordings"
     assert "xattn_card_test/test/1_modalities" in read_events(logs / "truth").Tags()["images"]
 
 

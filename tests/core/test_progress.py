@@ -66,7 +66,7 @@ def test_what_is_told_goes_to_what_is_stderr_then(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "one\ntwo\n")
 
 
-@pytest.mark.parametrize(("command", "told"), [("demo", []), ("explain", ["ours"])])
+@pytest.mark.parametrize(("command", "told"), [("demo", ["ours"]), ("explain", ["ours"])])
 def test_commands_keep_lightnings_advice_to_themselves(command, told, caplog, monkeypatch, recwarn):
     for name in ("lightning_xattn", "pytorch_lightning"):
         # pytest 9.2 captures also loggers that do not propagate.
