@@ -134,7 +134,7 @@ class _Epochs(Callback):
         self._started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch:
+        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1):
             return
         accuracy, loss = (float(trainer.callback_metrics[name]) for name in ("val_acc", "val_loss"))
         epoch = f"Training, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
