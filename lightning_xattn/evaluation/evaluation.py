@@ -222,7 +222,7 @@ class Evaluation:
     def describe(self, batch: BatchResult, recorder: StepRecorder) -> str:
         """Describe in a line what was detected in a first batch, so that the user sees a wrong guess at once."""
         attention = [
-            f"{one.direction} ({one.shape[2]} {one.direction.query} queries -> {one.tokens} {one.direction.key} keys)"
+            f"{one.direction} ({one.shape[2]} {one.direction.query} queries → {one.tokens} {one.direction.key} keys)"
             for pair in batch.attention[:1]
             for one in pair.directions
         ]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lightning_xattn.core.attention import Direction, TokenAxis
 from lightning_xattn.core.errors import SettingError, ShapeError
+from lightning_xattn.core.wording import name_modality
 from lightning_xattn.functional import Rows, lift_map, received_lift
 from lightning_xattn.hms.montage import Montage, derive
 from lightning_xattn.hms.recording_plots import (
@@ -155,7 +156,10 @@ def plot_attention_over_signals(
     received = {to_spec: (spec_strip, spec), to_spec.opposite: (eeg_strip, eeg)}
     for direction, (ax, of_key) in received.items():
         _draw_received(ax, of_key, rows.get(direction), sample_idx)
-        _head(ax, f"Attention that each {direction.key} window receives ({arrow(direction)}), at its full extent")
+        _head(
+            ax,
+            f"Attention that each {name_modality(direction.key)} window receives ({arrow(direction)}), at its full extent",
+        )
 
     lifts = {item.direction: lift_map(item)[sample_idx].numpy() for item in pair}
     laid = {d: values if d == to_spec else values.T for d, values in lifts.items()}  # EEG down, spectrogram across
@@ -165,7 +169,8 @@ def plot_attention_over_signals(
         draw_lift_map(ax, values, spec.cells, eeg.cells, scale, notes[direction])
         draw_lift_bar(fig, np.array([ax]), scale, "lift (line: 1)", inches=1.3)
         ax.set_ylabel(f"{traces.modality} (s)")
-        title = f"{arrow(direction)}: which {direction.key} window each {direction.query} window attends to"
+        query, key = name_modality(direction.query), name_modality(direction.key)
+        title = f"{arrow(direction)}: which {key} window each {query} window attends to"
         _head(ax, f"{title} ({lift_range(values)})")
     telling = {d: values for d, values in laid.items() if not notes[d]}
     _draw_links(links, telling, eeg, spec, traces.extent, spectrograms.extent)

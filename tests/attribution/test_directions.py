@@ -37,7 +37,7 @@ def test_a_name_that_says_where_information_flows_is_turned_round(infos):
     with pytest.warns(XAttnWarning, match="the names of the attention modules contradict where queries come from"):
         watch = look(module)
     first = next(said for said in infos.messages if "recording" in said)
-    assert "text_to_audio (7 text queries -> 5 audio keys), audio_to_text (5 audio queries -> 7 text keys)" in first
+    assert "text_to_audio (7 text queries → 5 audio keys), audio_to_text (5 audio queries → 7 text keys)" in first
     assert "modalities: audio = audio_proj, text = text_proj" in first
     # By hand: the rows of 7 queries over 5 keys.
     audio, text, _ = toy_data().tensors

@@ -69,8 +69,7 @@ def test_contributions_to_a_value_have_a_size_and_no_share():
     module = Value(Sum(), outputs=1)
     with torch.no_grad():
         module.head.weight[:, 12:] *= 0.05
-    with pytest.warns(XAttnWarning):  # that there are no classes
-        callback = watch_of(module, DATA, **NAMED)
+    callback = watch_of(module, DATA, **NAMED)
     summary = callback.fusion_summaries["val"]
     size = {name: float(summary.numbers[f"phi/{name}"].abs().nanmean()) for name in ("left", "right")}
     assert size["left"] > 3 * size["right"]

@@ -437,8 +437,8 @@ def test_the_first_message_names_what_was_detected_once(infos):
     trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback()], max_epochs=2)
     trainer.fit(ToyModule(), toy_loader(), toy_loader())
     assert [message for message in infos.messages if message.startswith("AttentionExplainabilityCallback")] == [
-        "AttentionExplainabilityCallback: recording audio_to_text (5 audio queries -> 7 text keys), text_to_audio (7 "
-        "text queries -> 5 audio keys); modalities: audio = audio, text = text; predictions: forward (4 classes); "
+        "AttentionExplainabilityCallback: recording audio_to_text (5 audio queries → 7 text keys), text_to_audio (7 "
+        "text queries → 5 audio keys); modalities: audio = audio, text = text; predictions: forward (4 classes); "
         "targets: batch[2]."
     ]
 

@@ -198,10 +198,10 @@ def test_titles_and_colours_say_what_is_shown() -> None:
     for text, start in zip(
         said,
         (
-            "Attention that each eeg window receives (spec → eeg)",
-            "Attention that each spec window receives (eeg → spec)",
-            "eeg → spec: which spec window each eeg window attends to (lift ",
-            "spec → eeg: which eeg window each spec window attends to (lift ",
+            "Attention that each EEG window receives (Spec → EEG)",
+            "Attention that each Spec window receives (EEG → Spec)",
+            "EEG → Spec: which Spec window each EEG window attends to (lift ",
+            "Spec → EEG: which EEG window each Spec window attends to (lift ",
         ),
         strict=True,
     ):
@@ -292,11 +292,11 @@ def test_links_tell_their_direction_as_the_legend_does() -> None:
     pair = {n: w / w.sum(-1, keepdim=True) for n, w in (("eeg_to_spec", there), ("spec_to_eeg", back))}
     ax = Parts(plot(pair=pair, sample_idx=0)).links
     handles = {handle.get_label(): handle for handle in ax.get_legend().legend_handles}
-    assert list(handles) == ["the EEG's stretch", "3 strongest eeg → spec", "3 strongest spec → eeg"]
+    assert list(handles) == ["the EEG's stretch", "3 strongest EEG → Spec", "3 strongest Spec → EEG"]
     centres = {m: np.mean(axis.spans, axis=1) for m, axis in AXES.items()}
-    for name, window, other in (("eeg → spec", 0, 100), ("spec → eeg", 6, 20)):
+    for name, window, other in (("EEG → Spec", 0, 100), ("Spec → EEG", 6, 20)):
         handle = handles[f"3 strongest {name}"]
-        assert handle.get_linestyle() == ("-" if name == "eeg → spec" else "--")
+        assert handle.get_linestyle() == ("-" if name == "EEG → Spec" else "--")
         links = [line for line in ax.lines if line.get_color() == handle.get_color()]
         assert [line.get_linestyle() for line in links] == [handle.get_linestyle()] * 3
         strongest = (centres["eeg"][window] + 25) / 50, (centres["spec"][other] + 300) / 600

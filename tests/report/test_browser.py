@@ -153,9 +153,9 @@ def test_tensorboard_shows_pictures(browser, tmp_path):
                 time.sleep(0.5)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.goto(f"{address}/#images")
-        overview = page.locator("text=xattn_about/val/overview >> visible=true").first
-        overview.wait_for(timeout=60_000)
-        assert overview.bounding_box()["y"] < 500, "it is the first"
+        card = page.locator("text=xattn_card/val/1_modalities >> visible=true").first
+        card.wait_for(timeout=60_000)
+        assert card.bounding_box()["y"] < 500, "it is the first"
         page.close()
     finally:
         server.terminate()

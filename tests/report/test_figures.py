@@ -241,7 +241,7 @@ def test_the_cards_numbers_are_the_summarys(result, monkeypatch):
     card_figure(replace(result, fusion=fusion))
     _, (_, _, shares, cells), _ = calls[1]
     assert shares == "Not computed: needs 128 samples, this run had 97."
-    assert cells == "Not computed: it needs a probe."
+    assert cells == "Not computed: needs a probe."
     assert card_figure(replace(result, fusion=None)) is None
 
 
