@@ -156,10 +156,8 @@ def plot_attention_over_signals(
     received = {to_spec: (spec_strip, spec), to_spec.opposite: (eeg_strip, eeg)}
     for direction, (ax, of_key) in received.items():
         _draw_received(ax, of_key, rows.get(direction), sample_idx)
-        _head(
-            ax,
-            f"Attention that each {name_modality(direction.key)} window receives ({arrow(direction)}), at its full extent",
-        )
+        key = name_modality(direction.key)
+        _head(ax, f"Attention that each {key} window receives ({arrow(direction)}), at its full extent")
 
     lifts = {item.direction: lift_map(item)[sample_idx].numpy() for item in pair}
     laid = {d: values if d == to_spec else values.T for d, values in lifts.items()}  # EEG down, spectrogram across

@@ -195,7 +195,8 @@ def list_shares(fusion: FusionSummary) -> str:
 def list_support(fusion: FusionSummary) -> str:
     """Accuracy of the predictions that all modalities support, and of those that none supports, or why not."""
     if fusion.support_problem:
-        return _not_computed(fusion.support_problem)
+        reasons = [*dict.fromkeys(fusion.probe_problems.values()), fusion.support_problem]
+        return _not_computed(reasons[0])
     if not (fusion.support_cell >= 0).any():
         return _not_computed("no sample has a prediction that the probes know")
     first, is_pair = fusion.cells[0], len(fusion.modalities) == 2

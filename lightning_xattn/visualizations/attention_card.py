@@ -17,14 +17,14 @@ from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.core.names import shown
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.visualizations.class_maps import draw_class_maps
-from lightning_xattn.visualizations.drawing import LOOKS, NULL, Look, per_group, text_inches, wrap
+from lightning_xattn.visualizations.drawing import LOOKS, NULL, Look, per_group, text_inches
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pages import LINE, MARGIN, PAGE_WIDTH, RIGHT, SMALL, TICK, Page
 from lightning_xattn.visualizations.plots import ticks_between, write_ticks
 
 _ROW = 0.18  # inches
 _GAP = 0.2
-_LONGEST = 18  # characters of a class's name
+_LONGEST = 22  # characters of a class's name
 _INK: dict[str, Any] = {"color": "black", "linewidth": 0.8}
 _CLASS = Look("black", True, "-", "o")
 
@@ -128,11 +128,11 @@ def _draw_measures(page: Page, measures: Sequence[Measure], class_names: Sequenc
     names = [shown(name, _LONGEST) for name in class_names] + list(LOOKS)
     left = max(text_inches(name, SMALL) for name in names) + MARGIN + 0.1
     width = (PAGE_WIDTH - RIGHT - left - _GAP * (len(measures) - 1)) / len(measures)
-    titles = [wrap(one.title, width + _GAP / 2, SMALL) for one in measures]
+    titles = [_wrap_title(one.title, width + 0.8 * _GAP) for one in measures]
     page.skip(0.04)
     for place, title in enumerate(titles):
         x = left + place * (width + _GAP) + width / 2
-        page.put_text(x, page.used, title, ha="center", va="top", weight="bold", linespacing=1.2)
+        page.put_text(x, page.used, title, ha="center", va="top", linespacing=1.2)
     page.skip(LINE * max(len(title.splitlines()) for title in titles) + 0.06)
     top, bottom = page.used, page.used + _ROW * len(names)
     for row, name in enumerate(names):
@@ -148,6 +148,24 @@ def _draw_measures(page: Page, measures: Sequence[Measure], class_names: Sequenc
     if any(one.count and math.isnan(one.low) for one in estimates):
         remarks.append(f"No line: fewer than {MINIMUM_GROUP} {noun or 'samples'}, no claim.")
     page.write(" ".join(remarks))
+
+
+def _wrap_title(title: str, inches: float) -> str:
+    """A title in lines of this length; a longer word is cut."""
+    words = []
+    for word in title.split():
+        short = word
+        while text_inches(short, SMALL) > inches:
+            short = f"{short.removesuffix('…')[:-1]}…"
+        words.append(short)
+    lines = [""]
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if text_inches(longer, SMALL) <= inches:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
 
 
 def _draw_panel(page: Page, one: Measure, left: float, width: float, top: float) -> None:
@@ -181,7 +199,9 @@ def _draw_panel(page: Page, one: Measure, left: float, width: float, top: float)
         page.put(Line2D(x, np.array([*places.values()]), linestyle="", markersize=4.5, **style))
     page.put_lines([((at(tick), bottom), (at(tick), bottom + TICK)) for tick in ticks], **_INK)
     for tick, text in zip(ticks, write_ticks(ticks), strict=True):
-        page.put_text(at(tick), bottom + TICK + 0.02, text, ha="center", va="top")
+        half = text_inches(text, SMALL) / 2
+        if at(tick) - half > left - _GAP / 2 and at(tick) + half < left + width + _GAP / 2:
+            page.put_text(at(tick), bottom + TICK + 0.02, text, ha="center", va="top")
 
 
 def _find_range(one: Measure) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.functional.intervals import Estimate
-from lightning_xattn.visualizations import Measure, plot_attention_card
+from lightning_xattn.visualizations import Measure, plot_attention_card, render
 from lightning_xattn.visualizations.drawing import LOOKS
 from tests.messages import tells
 from tests.visualizations.conftest import make_maps, texts
@@ -98,3 +98,16 @@ def test_what_does_not_fit_is_refused() -> None:
         draw([Measure("alignment", CLASSES[:1], OUTCOMES)])
     with pytest.raises(SettingError, match="At least one measure or map"):
         draw([])
+
+
+def test_long_titles_break_between_words_and_numbers_keep_apart() -> None:
+    names = "electroencephalogram", "spectrogram"
+    titles = "alignment", f"entropy {names[0]} → {names[1]}", f"entropy {names[1]} → {names[0]}"
+    figure = draw([Measure(title, CLASSES, OUTCOMES) for title in titles])
+    said = texts(figure)
+    assert "spectrogram" in said.split()
+    assert any(word.startswith("electroencep") and word.endswith("…") for word in said.split())
+    render(figure)
+    boxes = [t.get_window_extent() for t in figure.findobj(Text) if t.get_text().replace(".", "").isdigit()]
+    assert len(boxes) >= 3
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
