@@ -13,7 +13,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from lightning_xattn.core.names import clean
-from lightning_xattn.core.wording import decimal
+from lightning_xattn.core.wording import decimal, percent
 from lightning_xattn.report.document import TEMPLATES, Block, Document, Picture
 
 NUMBERS = ("support", "confidence", "alignment")
@@ -136,5 +136,6 @@ _PAGE.filters |= {
     "base64": lambda content: Markup(base64.b64encode(content).decode()),
     "groupby_run": _group_pictures,
     "decimal": lambda value: decimal(value) if math.isfinite(value) else "",
+    "percent": lambda value: percent(value, 0) if math.isfinite(value) else "",
     "number": _write_number,
 }

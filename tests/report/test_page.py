@@ -112,8 +112,8 @@ def test_what_a_page_sorts_and_filters_by_is_the_samples():
     lines = re.findall(r'<(?:summary|div) class="line">(.*?)</(?:summary|div)>', page, re.DOTALL)
     cells = [re.findall(r"<(?:span|strong)[^>]*>([^<]*)", one) for one in lines]
     assert cells == [
-        ["id0", "a", "b", "incorrect", "-0.25", "0.62", "-0.50"],
-        ["id1", "b", "b", "correct", "", "0.75", ""],
+        ["id0", "a", "b", "incorrect", "-0.25", "62 %", "-0.50"],
+        ["id1", "b", "b", "correct", "", "75 %", ""],
         ["id2", "a", "", "", "", "", "0.12"],
     ]
     options = re.findall(r'<option value="([^"]*)">([^<]*)', page)
@@ -174,8 +174,8 @@ def test_nothing_else_stands_on_a_page():
         *(f"{name}, {end} first" for name in NUMBERS for end in ("lowest", "highest")),
         *("id contains", "show all", "Colours of all maps: lift 0.25"),
         "4.00 or more. Lift is the weight times the number of keys; 1: uniform attention.",
-        *("id", "predicted", "true", "outcome", "supported by", *NUMBERS),
-        *("id0", "a", "b", "incorrect", "both", "-0.25", "0.62", "-0.50", "f", "map", "0", "x →", "9"),
+        *("id", "predicted", "true", "outcome", "supported by", "support (nats)", *NUMBERS[1:]),
+        *("id0", "a", "b", "incorrect", "both", "-0.25", "62 %", "-0.50", "f", "map", "0", "x →", "9"),
         *("id1", "a"),
         *("Two", "about two", "g", "h", "i", "j"),
     ]
