@@ -42,7 +42,14 @@ def test_example_analysis(run, hms_checkpoint, iiic_irr, tmp_path):
     assert "# " in (tmp_path / "samples.md").read_text()
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         *("map_eeg_to_spec.png", "map_spec_to_eeg.png", "entropy_by_head.png"),
-        *("class_comparison.png", "contribution_shares.png", "sample_0.pdf", "sample_0_alignment.png"),
+        *(
+            "attention.png",
+            "card.png",
+            "class_comparison.png",
+            "contribution_shares.png",
+            "sample_0.pdf",
+            "sample_0_alignment.png",
+        ),
     }
     assert list((tmp_path / "table/attention").glob("*.parquet"))
 
