@@ -172,6 +172,7 @@ class ModalityRecorder:
     def reset(self) -> None:
         """Forget the call that an evaluation's replays repeat; the next evaluation has its own."""
         self._root = self._intact = self._replay = self.readiness = None
+        self.found = replace(self.found, intact=None)
         if self.found.root is not None:  # the batch of the first step, and what stands in for it
             self.found.root.call = Call((), {})
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import Trainer
 
+from lightning_xattn.callback.terminal import REPORT
 from lightning_xattn.core.notices import describe_error, warn
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.loggers import LoggerWriters, shorten_path
@@ -141,7 +142,7 @@ class Pictures:
                 pages += self._log_report(writers, one)
         for tag, path in self.tables.items() if rest else ():
             self._log_table(writers, tag, path)
-        return [*writers.describe_places(), *(f"Report: {shorten_path(page)}" for page in dict.fromkeys(pages))]
+        return [*writers.describe_places(), *(f"{REPORT}{shorten_path(page)}" for page in dict.fromkeys(pages))]
 
     def _log_report(self, writers: LoggerWriters, one: Drawn) -> list[Path]:
         """Hand over the summary and the report; returns the report's files."""

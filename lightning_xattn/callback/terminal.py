@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from pytorch_lightning import Trainer
 
@@ -11,16 +12,19 @@ from lightning_xattn.report.headline import Headline
 MAX_LINES = 8
 """So many lines at most."""
 
+REPORT = "Report: "
+"""What the line with the report's path begins with."""
+
 
 def list_lines(headlines: Mapping[str, Headline], places: Sequence[str]) -> list[str]:
-    r"""The lines: of one scope its sentence, numbers and warnings, of several the sentence of each; then the places.
+    r"""Sentence, numbers and warnings of one scope, or sentences and warnings of several; then the places.
 
     Parameters
     ----------
     headlines
         By scope, such as ``val``.
     places
-        Where a user sees the figures and the report.
+        Where a user sees the figures and the report: the first one is printed, and the first report.
 
     Examples
     --------
@@ -36,7 +40,10 @@ def list_lines(headlines: Mapping[str, Headline], places: Sequence[str]) -> list
         (one,) = headlines.values()
         lines += [f"  {name}: {text}" for name, text in one.numbers]
         lines += [f"  Warning: {text}" for text in one.warnings]
-    last = [f"  {place}" for place in places[:2]]
+    else:
+        lines += [f"  Warning ({scope}): {text}" for scope, one in headlines.items() for text in one.warnings]
+    reports = [place for place in places[1:] if place.startswith(REPORT)]
+    last = [f"  {place}" for place in [*places[:1], *(reports or places[1:])[:1]]]
     room = MAX_LINES - len(last)
     if len(lines) > room:
         left_out = len(lines) - room + 1
@@ -47,5 +54,8 @@ def list_lines(headlines: Mapping[str, Headline], places: Sequence[str]) -> list
 def finish_progress_bar(trainer: Trainer) -> None:
     """Let a bar of rich draw its last lines before ours: it does that in its teardown, which comes after ours."""
     bar = trainer.progress_bar_callback
-    if bar is not None and any(kind.__name__ == "RichProgressBar" for kind in type(bar).__mro__):
-        bar.teardown(trainer, trainer.lightning_module, "")
+    for kind in () if bar is None else type(bar).__mro__:
+        if kind.__name__ == "RichProgressBar":  # not a subclass's own teardown, which may happen only once
+            with suppress(Exception):  # whatever the bar may raise
+                kind.teardown(bar, trainer, trainer.lightning_module, "")  # type: ignore[attr-defined]
+            return

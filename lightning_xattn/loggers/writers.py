@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html as escaping
 import io
+import re
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -183,7 +184,8 @@ class MLFlowWriter(LoggerWriter):
 
     def describe_place(self) -> str:
         """The server's address or folder, and the run."""
-        return f"MLflow run {self.logger.run_id} at {self.logger._tracking_uri}"
+        address = re.sub("//[^/]*@", "//", str(self.logger._tracking_uri))  # without a user's name and password
+        return f"MLflow run {self.logger.run_id} at {address}"
 
     def _write(self, name: str, content: str, step: int, suffix: str) -> None:
         place = path_of(name) / f"step_{step:06d}.{suffix}"

@@ -86,7 +86,8 @@ def _describe_attention(result: DatasetResult) -> str:
 
 
 def _describe_fusion(fusion: FusionSummary) -> str:
-    clauses = [*_describe_use(fusion), *_describe_agreement(fusion)]
+    use = [*_describe_use(fusion)]
+    clauses = [*use, *_describe_agreement(fusion, "its" if use and not fusion.is_regression else "the model's")]
     if clauses:
         said = "; ".join(clauses)
         return f"{said[0].upper()}{said[1:]}."
@@ -120,14 +121,14 @@ def _describe_use(fusion: FusionSummary) -> Iterator[str]:
     yield f"the model uses {_join(listed)}" + (f", not clearly {_join(others)}" if others else "")
 
 
-def _describe_agreement(fusion: FusionSummary) -> Iterator[str]:
+def _describe_agreement(fusion: FusionSummary, whose: str) -> Iterator[str]:
     """Who supports the predictions, and whether errors are where nobody does, if that is known."""
     if not fusion.cells or not (fusion.support_cell >= 0).any():
         return
     first, none = fusion.cells[0], estimate_unsupported(fusion)
     is_pair = len(fusion.modalities) == 2
     who, nobody = ("both modalities support", "neither does") if is_pair else ("all modalities support", "none does")
-    said = f"{who} {percent(first.share.mean, 0)} of its predictions"
+    said = f"{who} {percent(first.share.mean, 0)} of {whose} predictions"
     right = percent(first.accuracy.mean, 0), percent(none.mean, 0)
     if not math.isfinite(first.accuracy.low):
         yield said

@@ -1,12 +1,14 @@
 """What the terminal shows at the end of a run: at most eight lines, with what the summaries say."""
 
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.callback.terminal import MAX_LINES, list_lines
+from lightning_xattn.callback.terminal import MAX_LINES, finish_progress_bar, list_lines
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.report.headline import Headline, describe_headline
 from tests.toy import NAMES, ToyModule, labelled_loader, quiet_trainer, toy_loader
@@ -57,7 +59,7 @@ def test_several_dataloaders_have_a_sentence_each(infos, tmp_path):
     trainer.validate(ToyModule(), [toy_loader(seed=1), toy_loader(seed=2)], verbose=False)
     (lines,) = summaries_of(infos)
     assert [line.partition(":")[0] for line in lines[:2]] == ["val", "val/dataloader_1"]
-    assert lines[2].startswith("  Figures: ")
+    assert lines[-2].startswith("  Figures: ")
 
 
 def test_what_does_not_fit_is_counted():
@@ -66,3 +68,28 @@ def test_what_does_not_fit_is_counted():
     assert len(lines) == MAX_LINES
     assert lines[:5] == ["val: It is so.", "  a: 1 %", "  b: 1 %", "  c: 1 %", "  Warning: warning 0"]
     assert lines[5:] == ["  8 more: see the report.", "  tensorboard --logdir logs", "  Report: page.html"]
+
+
+def test_warnings_of_several_dataloaders_are_shown_with_their_scope():
+    scopes = {name: Headline(f"Of {name}.", [("Support", "both 28 %")], ["Do this."]) for name in ("val_0", "val_1")}
+    lines = list_lines(scopes, ["tensorboard --logdir logs"])
+    assert lines[2:4] == ["  Warning (val_0): Do this.", "  Warning (val_1): Do this."]
+
+
+def test_the_reports_path_is_shown_beside_the_first_of_several_loggers():
+    lines = list_lines(
+        {"val": Headline("It.", (), ())}, ["tensorboard --logdir logs", "https://wandb", "Report: a.html"]
+    )
+    assert lines[1:] == ["  tensorboard --logdir logs", "  Report: a.html"]
+
+
+def test_a_subclass_of_rich_s_bar_that_fails_or_counts_its_teardowns_is_left_alone():
+    class RichProgressBar:
+        def teardown(self, trainer, module, stage):
+            raise RuntimeError("no console")
+
+    class Own(RichProgressBar):
+        def teardown(self, trainer, module, stage):
+            raise AssertionError("the user's own teardown is Lightning's to call")
+
+    finish_progress_bar(SimpleNamespace(progress_bar_callback=Own(), lightning_module=None))

@@ -8,6 +8,7 @@ import re
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.core.files import path_of
 from lightning_xattn.loggers import WRITERS, LoggerWriters, Picture
-from lightning_xattn.loggers.writers import FolderWriter
+from lightning_xattn.loggers.writers import FolderWriter, MLFlowWriter
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
@@ -324,3 +325,8 @@ def test_about_twenty_curves_and_three_of_each_class_are_logged_by_default():
     of_classes |= {f"xattn_entropy/val/{one}/{name}" for one in ("audio_to_text", "text_to_audio") for name in "abcd"}
     assert of_classes <= set(names)
     assert 12 <= len(set(names) - of_classes) <= 30
+
+
+def test_the_place_of_mlflow_has_no_password():
+    logger = SimpleNamespace(run_id="7", _tracking_uri="https://me:secret@host:5000/path")
+    assert MLFlowWriter(logger).describe_place() == "MLflow run 7 at https://host:5000/path"

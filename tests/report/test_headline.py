@@ -152,3 +152,9 @@ def test_the_unsupported_accuracy_is_that_of_both_last_cells(result, number):
     none = fusion.support_cell >= len(fusion.cells) - 2
     known = fusion.numbers[number][none]
     assert estimate_unsupported(fusion).mean == pytest.approx(float(known[known.isfinite()].mean()), nan_ok=True)
+
+
+def test_a_sentence_without_what_the_model_uses_names_the_model(result):
+    said = sentence(result, contribution_problem="it needs 20 samples")
+    assert said.startswith("Both modalities support")
+    assert "of the model's predictions" in said
