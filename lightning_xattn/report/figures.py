@@ -190,6 +190,7 @@ def card_figure(result: DatasetResult, records: Sequence[Mapping[str, Any]] = ()
         Where the numbers come from, e.g. ``"val, epoch 3"``.
     """
     from lightning_xattn.visualizations import Cell, plot_card  # matplotlib, only where figures are wanted
+    from lightning_xattn.visualizations.card import MODEL
 
     fusion = result.fusion
     if fusion is None:
@@ -202,7 +203,7 @@ def card_figure(result: DatasetResult, records: Sequence[Mapping[str, Any]] = ()
     if len(validations) >= SHOWN_EPOCHS and records[-1]["stage"] == "val":
         return _draw_epochs(fusion, validations, sentence, context)
     right = {name: fusion.estimate(f"right/{name}") for name in (*fusion.modalities, JOINT)}
-    right["model"] = fusion.estimate("correct")
+    right[MODEL] = fusion.estimate("correct")
     probes = {name: one for name, one in right.items() if math.isfinite(one.mean)}
     shares: dict[str, Estimate] = {}
     if not fusion.contribution_problem and not fusion.is_regression:
@@ -227,7 +228,7 @@ def _as_sentence(text: str) -> str:
 def _draw_epochs(fusion: FusionSummary, records: Sequence[Mapping[str, Any]], sentence: str, context: str) -> Figure:
     """Draw the card's numbers over the epochs."""
     from lightning_xattn.visualizations import Curve, Panel, plot_epochs
-    from lightning_xattn.visualizations.card import look_of_modality
+    from lightning_xattn.visualizations.card import MODEL, look_of_modality
     from lightning_xattn.visualizations.drawing import Look
 
     # Several validations of one epoch differ in their steps alone.
@@ -248,14 +249,14 @@ def _draw_epochs(fusion: FusionSummary, records: Sequence[Mapping[str, Any]], se
 
     modalities = {shown_tag(name): name_modality(name) for name in fusion.modalities}
     looks = {title: look_of_modality(place) for place, title in enumerate(modalities.values())}
-    looks |= {"joint": Look("0.45", True, "--", "P"), "model": Look("black", True, "-", "o")}
-    looks |= {"all predictions": looks["model"], "supported by all": Look("0.2", False, "--", "o")}
+    looks |= {"joint": Look("0.45", True, "--", "P"), MODEL: Look("black", True, "-", "o")}
+    looks |= {"all predictions": looks[MODEL], "supported by all": Look("0.2", False, "--", "o")}
     looks |= {"supported by none": Look("0.45", False, "--", "D")}
     looks |= {name: Look(grey, False, "--", marker) for (_, name), grey, marker in _grey_cells(fusion.modalities)}
     looks |= {f"only {name}": looks[name] for name in modalities.values()}
     probes = {f"probe/{tag}": name for tag, name in modalities.items()} | {f"probe/{JOINT}": "joint"}
     cells = {f"support/{shown_tag(key)}": name for key, name in name_cells(fusion.modalities)}
-    accuracy, percents = {"accuracy": "model"}, (0.0, 100.0)
+    accuracy, percents = {"accuracy": MODEL}, (0.0, 100.0)
     panels = [
         Panel("Probe accuracy (%)", draw(probes | accuracy), percents, ("largest class", over("largest_class", 100))),
         Panel(

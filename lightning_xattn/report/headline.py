@@ -60,7 +60,8 @@ def describe_headline(result: DatasetResult) -> Headline:
 
 CAPTIONS = {
     "Probe accuracy": "How often a linear probe on each modality alone, and on all jointly, predicts the right class.",
-    "Contribution": "Each modality's share of what moves the model's prediction when modalities are permuted.",
+    "Contribution": "Each modality's share of what moves the model's prediction when modalities are permuted. Below 0 "
+    "it opposes the predictions, and another one is then above 100 %.",
     "Support": "Share of the predictions that the probes of all modalities predict, too, or none, with the model's "
     "accuracy there.",
 }
@@ -87,13 +88,25 @@ def _describe_attention(result: DatasetResult) -> str:
 
 def _describe_fusion(fusion: FusionSummary) -> str:
     use = [*_describe_use(fusion)]
-    clauses = [*use, *_describe_agreement(fusion, "its" if use and not fusion.is_regression else "the model's")]
+    clauses = [
+        *_describe_failure(fusion),
+        *use,
+        *_describe_agreement(fusion, "its" if use and not fusion.is_regression else "the model's"),
+    ]
     if clauses:
         said = "; ".join(clauses)
         return f"{said[0].upper()}{said[1:]}."
     if not fusion.samples:
         return "Nothing is computed of the modalities: no sample has all of them."
     return f"Neither what the model uses nor who supports its predictions is known ({fusion.samples} samples)."
+
+
+def _describe_failure(fusion: FusionSummary) -> Iterator[str]:
+    """That the model learned nothing that shows, if so: what else is found is then of no use."""
+    model, largest = fusion.estimate("correct"), fusion.largest_class
+    if math.isfinite(model.low) and math.isfinite(largest) and model.low <= largest:
+        right, guessed = percent(model.mean, 0), percent(largest, 0)
+        yield f"the model is right for {right} of the samples, not clearly more than the largest class ({guessed})"
 
 
 def _describe_use(fusion: FusionSummary) -> Iterator[str]:
@@ -110,7 +123,9 @@ def _describe_use(fusion: FusionSummary) -> Iterator[str]:
         return
     most = max(known, key=lambda name: known[name].mean)
     if known[most].low > MOSTLY:
-        yield f"the model mostly uses {name_modality(most)} ({percent(known[most].mean, 0)} of the contribution)"
+        # Above 1 where another modality opposes the predictions.
+        share = "all" if known[most].mean > 1 else percent(known[most].mean, 0)
+        yield f"the model mostly uses {name_modality(most)} ({share} of the contribution)"
         return
     used = {name: share for name, share in known.items() if share.low > 0}
     if not used:
@@ -142,12 +157,8 @@ def _describe_agreement(fusion: FusionSummary, whose: str) -> Iterator[str]:
 
 def _find_warnings(fusion: FusionSummary) -> Iterator[str]:
     """What needs an action."""
-    model, largest = fusion.estimate("correct"), fusion.largest_class
-    if math.isfinite(model.low) and math.isfinite(largest) and model.low <= largest:
-        yield (
-            f"The model is right for {percent(model.mean, 0)} of the samples, not clearly more than the largest class "
-            f"has ({percent(largest, 0)}): train it longer before you read the rest."
-        )
+    if any(_describe_failure(fusion)):
+        yield "The model is not clearly better than the largest class: train it longer before you read the rest."
     has_labels = bool((fusion.target >= 0).any())
     few = {
         name: why

@@ -14,10 +14,9 @@ from numpy.typing import ArrayLike
 
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.errors import SettingError, ShapeError
-from lightning_xattn.core.names import shown
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.visualizations.class_maps import draw_class_maps
-from lightning_xattn.visualizations.drawing import LOOKS, NULL, Look, per_group, text_inches
+from lightning_xattn.visualizations.drawing import LOOKS, NULL, Look, per_group, shorten, text_inches
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pages import LINE, MARGIN, PAGE_WIDTH, RIGHT, SMALL, TICK, Page
 from lightning_xattn.visualizations.plots import ticks_between, write_ticks
@@ -125,7 +124,7 @@ def plot_attention_card(
 
 def _draw_measures(page: Page, measures: Sequence[Measure], class_names: Sequence[str], noun: str | None) -> None:
     """Draw a panel for each measure: a row for each class, and below those of the outcomes."""
-    names = [shown(name, _LONGEST) for name in class_names] + list(LOOKS)
+    names = [shorten(name, _LONGEST) for name in class_names] + list(LOOKS)
     left = max(text_inches(name, SMALL) for name in names) + MARGIN + 0.1
     width = (PAGE_WIDTH - RIGHT - left - _GAP * (len(measures) - 1)) / len(measures)
     titles = [_wrap_title(one.title, width + 0.8 * _GAP) for one in measures]

@@ -13,15 +13,14 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.patches import Rectangle
 
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import name_modality, percent
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.probe import JOINT
-from lightning_xattn.visualizations.drawing import HUES, Look, text_inches
+from lightning_xattn.visualizations.drawing import HUES, Look, shorten, text_inches
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pages import CUT, KEY, LINE, MARGIN, PAGE_WIDTH, SMALL, TICK, Page
 
-MODEL = "model"
+MODEL = "the model"
 """The name of the model's own accuracy beside those of the probes."""
 
 _ROW = 0.2  # inches
@@ -77,7 +76,7 @@ def plot_card(
         Their names, in the order of their colours.
     probes
         Accuracy in [0, 1] of the linear probe on each modality, on all of them ("joint"), and of the model itself
-        ("model"), those that are known; or why there are none.
+        ("the model"), those that are known; or why there are none.
     shares
         Each modality's share of the contributions, 1 being all of them; or why there are none.
     cells
@@ -101,7 +100,7 @@ def plot_card(
     Examples
     --------
     >>> share, accuracy, confidence = (Estimate(mean, mean - 0.1, mean + 0.1, count=40) for mean in (0.4, 0.8, 0.7))
-    >>> probes = {"image": accuracy, "text": share, "joint": accuracy, "model": accuracy}
+    >>> probes = {"image": accuracy, "text": share, "joint": accuracy, "the model": accuracy}
     >>> figure = plot_card(
     ...     ["image", "text"],
     ...     probes,
@@ -127,6 +126,9 @@ def plot_card(
     for title, rows in sections:
         page.skip(0.06)
         page.put_text(MARGIN, page.used, title, weight="bold", va="top")
+        if not isinstance(rows, str):
+            heading = "share" if title == "Contribution" else "accuracy"
+            page.put_text(PAGE_WIDTH - MARGIN, page.used, heading, ha="right", va="top", color="0.3")
         page.skip(LINE + 0.05)
         if isinstance(rows, str):
             page.write(rows)
@@ -151,9 +153,9 @@ def look_of_modality(place: int) -> Look:
 def _list_probes(modalities: Sequence[str], probes: Mapping[str, Estimate]) -> list[_Row]:
     looks = {name: look_of_modality(place) for place, name in enumerate(modalities)}
     looks |= {JOINT: Look("0.45", True, "--", "P"), MODEL: _ACCURACY}
-    names = {JOINT: "joint probe", MODEL: "the model"}
+    names = {JOINT: "joint probe", MODEL: MODEL}
     return [
-        _Row(names.get(name, shown(name_modality(name), _LONGEST)), [(probes[name], look)])
+        _Row(names.get(name, shorten(name_modality(name), _LONGEST)), [(probes[name], look)])
         for name, look in looks.items()
         if name in probes
     ]
@@ -161,7 +163,7 @@ def _list_probes(modalities: Sequence[str], probes: Mapping[str, Estimate]) -> l
 
 def _list_shares(modalities: Sequence[str], shares: Mapping[str, Estimate]) -> list[_Row]:
     return [
-        _Row(shown(name_modality(name), _LONGEST), [(shares[name], look_of_modality(place))])
+        _Row(shorten(name_modality(name), _LONGEST), [(shares[name], look_of_modality(place))])
         for place, name in enumerate(modalities)
         if name in shares
     ]
@@ -170,7 +172,7 @@ def _list_shares(modalities: Sequence[str], shares: Mapping[str, Estimate]) -> l
 def _list_cells(cells: Sequence[Cell]) -> list[_Row]:
     return [
         _Row(
-            f"{shown(one.name, _LONGEST)} ({percent(one.share.mean, 0)})",
+            f"{shorten(one.name, _LONGEST)} ({percent(one.share.mean, 0)})",
             [(one.accuracy, _ACCURACY), (one.confidence, _CONFIDENCE)],
             one.share.mean,
         )

@@ -264,6 +264,11 @@ def arrow(direction: Direction) -> str:
     return " → ".join(shown(name_modality(one), LONGEST_NAME) for one in (direction.query, direction.key))
 
 
+def shorten(name: str, letters: int) -> str:
+    """A name of at most so many letters, with an ellipsis at its end where it is longer."""
+    return name if len(name) <= letters else f"{name[: letters - 1].rstrip()}…"
+
+
 def wrap(text: str, inches: float, size: float = 10) -> str:
     """Break a text into lines of this length."""
     text = clean(text)

@@ -224,7 +224,7 @@ def test_the_cards_numbers_are_the_summarys(result, monkeypatch):
     ((_, (modalities, probes, shares, cells), settings),) = calls
     assert modalities == fusion.modalities
     right = {name: fusion.estimate(f"right/{name}") for name in (*modalities, "joint")}
-    assert repr(probes) == repr(right | {"model": fusion.estimate("correct")})
+    assert repr(probes) == repr(right | {"the model": fusion.estimate("correct")})
     assert repr(shares) == repr({name: fusion.share(name) for name in modalities})
     known = [(one.name, one.share, one.accuracy, one.confidence) for one in fusion.cells if one.samples]
     assert repr([tuple(one) for one in cells]) == repr(known)
@@ -246,7 +246,12 @@ def test_the_cards_numbers_are_the_summarys(result, monkeypatch):
 
 
 EPOCHS = {
-    "Probe accuracy (%)": {"Left": "probe/left", "Right": "probe/right", "joint": "probe/joint", "model": "accuracy"},
+    "Probe accuracy (%)": {
+        "Left": "probe/left",
+        "Right": "probe/right",
+        "joint": "probe/joint",
+        "the model": "accuracy",
+    },
     "Contribution (%)": {"Left": "contribution/share/left", "Right": "contribution/share/right"},
     "Support (% of predictions)": {
         **{"both": "support/both", "only Left": "support/only_left", "only Right": "support/only_right"},

@@ -126,7 +126,13 @@ def test_what_is_not_computed_has_its_reason(result):
 def test_a_model_that_is_no_better_than_a_guess_is_warned_of(result):
     fusion = Planted(result.fusion, largest_class=result.fusion.estimate("correct").low)
     warnings = describe_headline(replace(result, fusion=fusion)).warnings
-    assert any("not clearly more than the largest class" in one for one in warnings)
+    assert any("not clearly better than the largest class" in one for one in warnings)
+    said = describe_headline(replace(result, fusion=fusion)).sentence
+    model = 100 * result.fusion.estimate("correct").mean
+    largest = 100 * fusion.largest_class
+    assert said.startswith(
+        f"The model is right for {model:.0f} % of the samples, not clearly more than the largest class ({largest:.0f} %);"
+    )
     fusion = Planted(result.fusion, largest_class=result.fusion.estimate("correct").low - 0.01)
     warnings = describe_headline(replace(result, fusion=fusion)).warnings
     assert not any("largest class" in one for one in warnings)
@@ -158,3 +164,9 @@ def test_a_sentence_without_what_the_model_uses_names_the_model(result):
     said = sentence(result, contribution_problem="it needs 20 samples")
     assert said.startswith("Both modalities support")
     assert "of the model's predictions" in said
+
+
+def test_a_share_above_all_is_all(result):
+    assert sentence(result, shares=[around(1.05), around(-0.05)]).startswith(
+        "The model mostly uses Left (all of the contribution)"
+    )

@@ -19,7 +19,7 @@ from lightning_xattn.visualizations.drawing import HUES, LOOKS
 from tests.visualizations.conftest import texts
 
 PROBES = {"eeg": Estimate(0.75, 0.7, 0.8, 40), "spec": Estimate(0.35, 0.3, 0.42, 40)}
-PROBES |= {"joint": Estimate(0.82, 0.78, 0.86, 40), "model": Estimate(0.68, 0.6, 0.74, 40)}
+PROBES |= {"joint": Estimate(0.82, 0.78, 0.86, 40), "the model": Estimate(0.68, 0.6, 0.74, 40)}
 SHARES = {"eeg": Estimate(0.9, 0.85, 0.95, 40), "spec": Estimate(0.1, 0.05, 0.15, 40)}
 CELLS = [
     Cell("both", Estimate(0.3, 0.2, 0.4, 40), Estimate(0.93, 0.85, 0.97, 12), Estimate(0.71, 0.65, 0.77, 12)),
@@ -69,13 +69,13 @@ def shares_at(figure: Figure, y: float) -> tuple[list[float], list[tuple[float, 
     return dots, intervals
 
 
-ROWS = [("joint probe", PROBES["joint"]), ("the model", PROBES["model"])]
+ROWS = [("joint probe", PROBES["joint"]), ("the model", PROBES["the model"])]
 
 
 def test_each_row_has_its_number_and_interval() -> None:
     figure = draw(context="test, epoch 3", sentence="It is so.")
     places = heights(figure)
-    rows = [("joint probe", [PROBES["joint"]]), ("the model", [PROBES["model"]])]
+    rows = [("joint probe", [PROBES["joint"]]), ("the model", [PROBES["the model"]])]
     rows += [(f"{one.name} ({100 * one.share.mean:.0f} %)", [one.accuracy, one.confidence]) for one in CELLS]
     for name, estimates in rows:
         dots, intervals = shares_at(figure, places[name][0])
@@ -119,7 +119,7 @@ def test_the_largest_class_is_marked() -> None:
 def test_what_is_not_computed_says_why() -> None:
     figure = draw(shares="Not computed: needs 128 samples, this run had 97.", cells="Not computed.")
     assert "Not computed: needs 128 samples, this run had 97." in texts(figure)
-    assert "accuracy" not in texts(figure).replace("Probe accuracy", "")
+    assert texts(figure).split("\n").count("accuracy") == 1, "over the values of the probes"
 
 
 def test_an_undefined_number_has_a_dash_and_no_dot() -> None:
@@ -151,3 +151,9 @@ def test_modalities_have_colours_that_no_outcome_has() -> None:
 def test_a_card_needs_a_modality() -> None:
     with pytest.raises(SettingError, match="At least one modality"):
         plot_card([], {}, {}, [])
+
+
+def test_values_have_headings_and_long_names_an_ellipsis() -> None:
+    figure = draw(cells=[CELLS[0]._replace(name="supported by each one of all modalities")])
+    assert texts(figure).split("\n").count("accuracy") == 3, "probes, cells, and the legend"
+    assert "supported by each one of… (30 %)" in texts(figure)
