@@ -130,9 +130,8 @@ def test_a_model_that_is_no_better_than_a_guess_is_warned_of(result):
     said = describe_headline(replace(result, fusion=fusion)).sentence
     model = 100 * result.fusion.estimate("correct").mean
     largest = 100 * fusion.largest_class
-    assert said.startswith(
-        f"The model is right for {model:.0f} % of the samples, not clearly more than the largest class ({largest:.0f} %);"
-    )
+    clause = f"{model:.0f} % of the samples, not clearly more than the largest class ({largest:.0f} %);"
+    assert said.startswith(f"The model is right for {clause}")
     fusion = Planted(result.fusion, largest_class=result.fusion.estimate("correct").low - 0.01)
     warnings = describe_headline(replace(result, fusion=fusion)).warnings
     assert not any("largest class" in one for one in warnings)
