@@ -345,7 +345,7 @@ def save_card(logs: Path, file: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(logs), size_guidance={"images": 0}).Reload()
-    file.write_bytes(events.Images("xattn_card_test/test/1_modalities")[-1].encoded_image_string)
+    file.write_bytes(events.Images("xattn_cards_of_test/test/1_modalities")[-1].encoded_image_string)
 
 
 if __name__ == "__main__":

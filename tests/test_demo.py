@@ -45,7 +45,7 @@ def test_the_terminal_ends_with_the_scores_and_the_logs_hold_the_cards(tmp_path,
     for name in ("all", "correct", "incorrect"):
         assert len(events.Scalars(f"xattn_alignment/val/{name}")) == 3
     assert not events.Tags()["images"], "the test draws the same recordings"
-    assert "xattn_card_test/test/1_modalities" in read_events(logs / "truth").Tags()["images"]
+    assert "xattn_cards_of_test/test/1_modalities" in read_events(logs / "truth").Tags()["images"]
 
 
 @pytest.mark.slow

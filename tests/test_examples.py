@@ -105,7 +105,7 @@ def test_watch_ends_with_the_summary_and_a_card(run, tmp_path, monkeypatch):
     run("watch.py")
     events = EventAccumulator("watch/version_0", size_guidance={"images": 0}).Reload()
     assert sorted(events.Tags()["images"])[0] == "xattn_card/val/1_modalities"
-    assert "xattn_card_test/test/1_modalities" in events.Tags()["images"]
+    assert "xattn_cards_of_test/test/1_modalities" in events.Tags()["images"]
     shares = [
         events.Scalars(f"xattn_contribution/test/share/{sensor}")[-1].value for sensor in ("accelerometer", "gyroscope")
     ]

@@ -64,7 +64,7 @@ class Drawn:
     @property
     def _card_tag(self) -> str:
         """What sorts the cards of validations first, as loggers sort pictures by name, and then those of tests."""
-        return f"xattn_card_test/{self.scope}" if self.scope.startswith("test") else f"xattn_card/{self.scope}"
+        return f"xattn_cards_of_test/{self.scope}" if self.scope.startswith("test") else f"xattn_card/{self.scope}"
 
     def _attention(self, layer: str) -> Iterator[tuple[str, Figure]]:
         if layer in self.shown.summaries:

@@ -197,10 +197,12 @@ def _draw_panel(page: Page, one: Measure, left: float, width: float, top: float)
         x = np.array([at(found.mean) for _, found in own])
         page.put(Line2D(x, np.array([*places.values()]), linestyle="", markersize=4.5, **style))
     page.put_lines([((at(tick), bottom), (at(tick), bottom + TICK)) for tick in ticks], **_INK)
+    free = left - _GAP / 2
     for tick, text in zip(ticks, write_ticks(ticks), strict=True):
         half = text_inches(text, SMALL) / 2
-        if at(tick) - half > left - _GAP / 2 and at(tick) + half < left + width + _GAP / 2:
+        if at(tick) - half > free and at(tick) + half < left + width + _GAP / 2:
             page.put_text(at(tick), bottom + TICK + 0.02, text, ha="center", va="top")
+            free = at(tick) + half + 0.06
 
 
 def _find_range(one: Measure) -> tuple[float, float]:

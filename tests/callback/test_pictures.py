@@ -133,7 +133,7 @@ def test_an_evaluation_by_itself_has_everything_at_once(method, tmp_path):
     getattr(trainer, method)(ToyModule(), labelled_loader(), verbose=False)
     events = events_of(tmp_path)
     assert set(events.Tags()["images"]) == {
-        tag.replace("/val/", f"/{stage}/").replace("card/test", "card_test/test") for tag in MAIN | OTHER
+        tag.replace("/val/", f"/{stage}/").replace("card/test", "cards_of_test/test") for tag in MAIN | OTHER
     }
     assert f"xattn_about/{stage}/summary/text_summary" in events.Tags()["tensors"]
 

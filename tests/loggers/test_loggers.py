@@ -65,7 +65,7 @@ def test_tensorboard(logged):
         assert [image.step for image in events.Images(tag)] == [4]
     # The cards are the first things in the images tab, those of validations before those of tests.
     assert sorted(events.Tags()["images"])[:2] == [CARD, ATTENTION]
-    assert ATTENTION < "xattn_card_test/test/1_modalities"
+    assert ATTENTION < "xattn_cards_of_test/test/1_modalities"
     (text,) = events.Tensors(f"{SUMMARY}/text_summary")
     assert text.step == 4
     assert text.tensor_proto.string_val[0].decode().startswith("**The model is right for 39 %")
