@@ -21,19 +21,16 @@ EXERCISES = [
 ]
 WINDOW, STEP = 200, 100  # 4 s and 2 s at 50 samples a second
 TRAINING_SUBJECTS = {1, 2, 3}
-TRAINING_SHARE = 0.7  # of each of their recordings; the rest of it validates
 WIDTH = 32
 
 
 def make_loader(part: str) -> DataLoader:
-    """Windows to train on ("train"), of the same people later ("val"), or of other people ("test")."""
+    """Windows of the people to train on ("train"), or of the others ("test")."""
     recordings, samples = load_watch(), []
     rows = zip(recordings["X"], recordings["y"], recordings["subject"], strict=True)
     for signals, exercise, subject in rows:
         if (subject in TRAINING_SUBJECTS) == (part == "test"):
             continue
-        cut = int(TRAINING_SHARE * len(signals))
-        signals = {"train": signals[:cut], "val": signals[cut:], "test": signals}[part]
         for window in torch.tensor(signals, dtype=torch.float32).unfold(0, WINDOW, STEP):
             accelerometer, gyroscope = window[:3], window[3:] / 2  # 3 axes each, now of about the same size
             samples.append((accelerometer, gyroscope, int(exercise), int(subject)))
@@ -80,10 +77,6 @@ class Watch(pl.LightningModule):
         accelerometer, gyroscope, exercise, _ = batch
         return nn.functional.cross_entropy(self(accelerometer, gyroscope), exercise)
 
-    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
-        """Log the loss."""
-        self.log("val_loss", self.training_step(batch, batch_idx))
-
     def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         """Log the loss."""
         self.log("test_loss", self.training_step(batch, batch_idx))
@@ -95,12 +88,10 @@ class Watch(pl.LightningModule):
 
 if __name__ == "__main__":
     pl.seed_everything(0)
-    # Windows of one person are not independent. With groups, every interval is by person; it needs five people or more,
-    # so the validation has none.
+    # Windows of one person are not independent. With groups, every interval is by person; it needs five or more.
     callback = AttentionExplainabilityCallback(groups=lambda outputs, batch: batch[3])
     trainer = pl.Trainer(
         max_epochs=20,
-        check_val_every_n_epoch=5,
         accelerator="cpu",
         logger=TensorBoardLogger("watch", name="", default_hp_metric=False),
         callbacks=[callback],
@@ -108,5 +99,5 @@ if __name__ == "__main__":
         enable_progress_bar=False,
     )
     model = Watch()
-    trainer.fit(model, make_loader("train"), make_loader("val"))
+    trainer.fit(model, make_loader("train"))
     trainer.test(model, make_loader("test"), verbose=False)

@@ -294,9 +294,11 @@ class Replay:
         if not total.requires_grad:
             raise ReplayError("no gradient reaches its weights")
         try:
-            (slope,) = torch.autograd.grad(total, scales)
+            (slope,) = torch.autograd.grad(total, scales, allow_unused=True)
         except RuntimeError as error:  # as of a model that changes in place what the gradient needs
             raise ReplayError(f"no gradient reaches its weights: {error}") from error
+        if slope is None:
+            raise ReplayError("the predictions do not depend on its weights")
         return slope[: len(classes)].cpu()
 
     def keeping_state(self) -> AbstractContextManager[None]:

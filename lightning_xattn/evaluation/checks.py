@@ -96,7 +96,7 @@ def check_layer(
         if is_new((layer, about)):
             yield message
     for direction, heads in summary.heads.items():
-        where = f"Layer '{layer}', {direction}"
+        where = f"Layer '{layer}'" if layer == str(direction) else f"Layer '{layer}', {direction}"
         if summary.mean(Column("head_diversity", direction)) < ALIKE and is_new((where, "alike")):
             yield f"{where}: all {heads} heads attend alike. Fewer heads would do the same."
         entropy, sink = (

@@ -104,7 +104,7 @@ def _describe_fusion(fusion: FusionSummary) -> str:
 def _describe_failure(fusion: FusionSummary) -> Iterator[str]:
     """That the model learned nothing that shows, if so: what else is found is then of no use."""
     model, largest = fusion.estimate("correct"), fusion.largest_class
-    if math.isfinite(model.low) and math.isfinite(largest) and model.low <= largest:
+    if math.isfinite(model.low) and model.low <= largest < 1:
         right, guessed = percent(model.mean, 0), percent(largest, 0)
         yield f"the model is right for {right} of the samples, not clearly more than the largest class ({guessed})"
 
