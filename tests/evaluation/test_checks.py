@@ -131,7 +131,7 @@ def test_a_trainer_warns_once_a_run_and_goes_on():
         trainer.fit(module, toy_loader(), toy_loader())
     messages = [str(w.message) for w in caught if w.category is XAttnWarning]
     assert len(messages) == 2
-    assert "audio_to_text, head 0, 1, 2: uniform attention" in messages[1]
+    assert "Layer 'audio_to_text', head 0, 1, 2: uniform attention" in messages[1]
     assert "all 3 heads attend alike" in messages[0]
 
 

@@ -166,4 +166,4 @@ def test_warnings_are_those_of_the_callback():
         explainer(module).explain_loader(toy_loader())
     messages = [str(w.message) for w in caught if w.category is XAttnWarning]
     assert len(messages) == 2
-    assert "audio_to_text, head 0, 1, 2: uniform attention" in messages[1]
+    assert "Layer 'audio_to_text', head 0, 1, 2: uniform attention" in messages[1]
