@@ -28,6 +28,7 @@ def list_lines(headlines: Mapping[str, Headline], places: Sequence[str]) -> list
 
     Examples
     --------
+    >>> from lightning_xattn.callback.terminal import list_lines
     >>> from lightning_xattn.report.headline import Headline
     >>> one = Headline("The model mostly uses EEG.", [("Support", "both 28 %")], [])
     >>> print(*list_lines({"val": one}, ["tensorboard --logdir logs"]), sep="\n")

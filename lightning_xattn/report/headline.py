@@ -30,6 +30,7 @@ class Headline:
 
     Examples
     --------
+    >>> from lightning_xattn.report.headline import Headline
     >>> Headline("The model mostly uses EEG (88 % of the contribution).", (), ()).sentence
     'The model mostly uses EEG (88 % of the contribution).'
     """

@@ -104,7 +104,7 @@ def test_a_page_shows_them_and_only_a_test_keeps_them(tmp_path):
     trainer.validate(ToyModule(), toy_loader(), verbose=False)
     trainer.test(ToyModule(), toy_loader(), verbose=False)
     assert kept == [False, True]
-    (page,) = tmp_path.rglob("*.html")
+    (page,) = tmp_path.rglob("xattn_about/test/**/*.html")
     assert page.read_text().count('<img class="map"') == 2 * 23
 
 

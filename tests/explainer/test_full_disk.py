@@ -69,7 +69,7 @@ TABLE, PICTURES = "The sample table in", f"CSVLogger failed with pictures, {NOTH
     [
         # The fit has pictures in its epoch and at its end.
         ("everything", [TABLE, PICTURES, PICTURES, TABLE, PICTURES], [".csv"]),
-        ("page", [f"CSVLogger failed with pages, {NOTHING_MORE}"], [".csv", ".md", ".parquet", ".png"]),
+        ("page", [f"CSVLogger failed with reports, {NOTHING_MORE}"] * 2, [".csv", ".md", ".parquet", ".png"]),
     ],
 )
 def test_training_goes_on_and_files_are_complete_or_absent(full, expected, suffixes, ended):

@@ -69,7 +69,7 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(
     layer = facts["layers"][0]
     (everyone,) = (group for group in layer["groups"] if group["name"] == "all")
     assert everyone["numbers"]["alignment"]["mean"] == pytest.approx(table["alignment"].mean(), abs=1e-6)
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 5
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 7
 
     first = table.sort_values("sample_idx").groupby(["target", "correct"])["sample_id"].first()
     assert sorted(name for name, _ in drawn) == sorted(first)
