@@ -10,7 +10,7 @@ from pytorch_lightning import Trainer
 from lightning_xattn.report.headline import Headline
 
 MAX_LINES = 8
-"""So many lines at most."""
+"""A run ends with at most this number of lines."""
 
 REPORT = "Report: "
 """What the line with the report's path begins with."""

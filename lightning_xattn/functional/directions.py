@@ -25,7 +25,7 @@ NO_VARIANCE = 1e-6
 
 
 KEPT_CELLS = 2**25
-"""Up to so many cells of a batch, the backward direction's map is kept while the forward one is read: 134 MB."""
+"""A batch with at most this number of cells keeps its backward map while the forward direction is read: 134 MB."""
 
 
 @dataclass(frozen=True, eq=False)

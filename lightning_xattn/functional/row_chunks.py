@@ -78,7 +78,7 @@ class Buffers:
 
 
 def count_queries(weights: int) -> int:
-    """How many queries a chunk has where each of them has so many weights."""
+    """The number of queries in a chunk, if each query has ``weights`` weights."""
     return max(1, CHUNK // max(1, weights))
 
 

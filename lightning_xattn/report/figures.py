@@ -36,7 +36,7 @@ SHOWN_CLASSES = 10
 """How many classes have curves and figures of their own, the largest ones; the others have them together."""
 
 SHOWN_EPOCHS = 3
-"""From so many validations on, the card shows its numbers over the epochs."""
+"""From this number of validations on, the card shows its numbers over the epochs."""
 
 SHOWN_LAYERS = 4
 """How many layers have curves and figures, spread from the first to the last."""
